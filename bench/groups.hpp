@@ -1,0 +1,11 @@
+#pragma once
+/// The groups of cases, each in a file of its own.
+
+namespace kvcull::bench {
+
+void add_attention();  // decode/.. and prefill/..
+void add_selection();  // select/..
+void add_policies();   // policy/..
+void add_cache();      // cache/..
+
+}  // namespace kvcull::bench

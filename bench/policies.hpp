@@ -1,0 +1,22 @@
+#pragma once
+/// The policies that are measured. A new one is a line here.
+
+#include "kvcull/policies.hpp"
+
+namespace kvcull::bench {
+
+/// Calls `visit(policy)` for one value of each.
+template <class Visit>
+void for_each_policy(const Visit& visit) {
+    visit(Full{});
+    visit(Streaming{});
+    visit(Random{});
+    visit(H2O{});
+    visit(Tova{});
+    visit(Vatp{});
+    visit(KeyDiff{});
+    visit(KeyNorm{});
+    visit(SnapKV{.decode_interval = 128});  // else it lets a decoding cache grow
+}
+
+}  // namespace kvcull::bench

@@ -1,0 +1,154 @@
+#include "evaluate.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <exception>
+#include <kvcull/cache/kv_cache.hpp>
+#include <kvcull/integrations/registry.hpp>
+#include <kvcull/policies.hpp>
+#include <mutex>
+#include <thread>
+
+namespace tiny_llama {
+namespace {
+
+/// Calls `use(policy)` with the policy that `text` names. To let your own be named, add it here.
+template <class Use>
+decltype(auto) with_named_policy(const std::string& text, Use&& use) {
+    using namespace kvcull;
+    return with_policy<Full, Streaming, Random, H2O, Tova, KeyDiff, KeyNorm, Vatp, SnapKV>(
+        text, std::forward<Use>(use));
+}
+
+kvcull::CacheShape shape_of(const Llama& model) {
+    const Config& config = model.config();
+    return {.layers = config.layers,
+            .q_heads = config.q_heads,
+            .kv_heads = config.kv_heads,
+            .head_dim = config.head_dim,
+            .dtype = kvcull::DType::f32};
+}
+
+int argmax(const RowMajorMatrix& logits) {
+    Eigen::Index best = 0;
+    logits.row(logits.rows() - 1).maxCoeff(&best);
+    return static_cast<int>(best);
+}
+
+template <class Cache>
+std::vector<float> kept(const Cache& cache, std::size_t tokens) {
+    std::vector<float> share(tokens);
+    const auto& shape = cache.shape();
+    for (std::size_t layer = 0; layer < shape.layers; ++layer)
+        for (std::size_t head = 0; head < shape.kv_heads; ++head)
+            for (const auto position : cache.positions(layer, head))
+                share[static_cast<std::size_t>(position)] += 1.0F / static_cast<float>(shape.heads());
+    return share;
+}
+
+template <class Cache>
+Outcome run(const Llama& model, const Case& example, std::size_t chunk, Cache& cache) {
+    const std::span prompt(example.prompt);
+    const std::size_t step = chunk == 0 ? prompt.size() : chunk;
+    Outcome outcome{.questions = example.questions.size()};
+    RowMajorMatrix logits;
+    const auto read = [&](std::span<const int> tokens) {
+        model.forward(tokens, cache, logits);
+        outcome.tokens += tokens.size();
+    };
+
+    cache.begin_prompt(prompt.size());
+    for (std::size_t i = 0; i < prompt.size(); i += step)
+        read(prompt.subspan(i, std::min(step, prompt.size() - i)));
+    cache.end_prompt();
+    for (const int& token : example.stream) read({&token, 1});
+    outcome.kv_bytes = cache.bytes();
+    outcome.peak_bytes = cache.peak_bytes();
+    outcome.kept = kept(cache, example.size());
+
+    cache.hold(true);
+    const auto before = cache.mark();
+    for (const Question& question : example.questions) {
+        cache.rollback(before);
+        std::span<const int> next = question.ask;
+        bool correct = true;
+        for (const int& answer : question.answer) {
+            read(next);
+            correct = correct && argmax(logits) == answer;
+            next = {&answer,
+                    1};  // the model's own token, as long as the answer is right; then nothing counts
+        }
+        outcome.correct += correct ? 1 : 0;
+    }
+    return outcome;
+}
+
+/// Runs body(0) .. body(count - 1) on `threads` threads; the first exception is thrown when all are done.
+template <class Body>
+void parallel_for(std::size_t threads, std::size_t count, Body&& body) {
+    std::atomic<std::size_t> next = 0;
+    std::exception_ptr error;
+    std::mutex mutex;
+    const auto work = [&] {
+        try {
+            for (std::size_t i = next++; i < count; i = next++) body(i);
+        } catch (...) {
+            next = count;
+            const std::scoped_lock lock(mutex);
+            if (!error) error = std::current_exception();
+        }
+    };
+    {
+        std::vector<std::jthread> others;
+        for (std::size_t i = 1; i < std::min(threads, count); ++i) others.emplace_back(work);
+        work();
+    }
+    if (error) std::rethrow_exception(error);
+}
+
+}  // namespace
+
+void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens) {
+    with_named_policy(setting.policy, [&](auto policy) {
+        kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget);
+        cache.begin_prompt(prompt_tokens);
+    });
+}
+
+Outcome run_case(const Llama& model, const Setting& setting, const Case& example, std::size_t chunk,
+                 kvcull::BlockPool& pool) {
+    Outcome outcome;
+    with_named_policy(setting.policy, [&](auto policy) {
+        kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget, pool);
+        outcome = run(model, example, chunk, cache);
+    });
+    return outcome;
+}
+
+Row run_task(const Llama& model, const Setting& setting, const Task& task, std::size_t cases,
+             std::size_t chunk, std::size_t threads) {
+    const std::size_t count = std::min(cases, task.cases.size());
+    kvcull::BlockPool pool({.block_rows = 16});
+    std::vector<Outcome> outcomes(count);
+    const auto begin = std::chrono::steady_clock::now();
+    parallel_for(threads, count,
+                 [&](std::size_t i) { outcomes[i] = run_case(model, setting, task.cases[i], chunk, pool); });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+
+    Row row{.task = task.name, .setting = setting};
+    double correct = 0, tokens = 0;
+    for (const Outcome& outcome : outcomes) {
+        correct += static_cast<double>(outcome.correct);
+        tokens += static_cast<double>(outcome.tokens);
+        row.questions += outcome.questions;
+        row.kv_bytes += static_cast<double>(outcome.kv_bytes) / static_cast<double>(count);
+        row.peak_bytes = std::max(row.peak_bytes, outcome.peak_bytes);
+    }
+    row.accuracy = row.questions == 0 ? 0 : correct / static_cast<double>(row.questions);
+    row.tokens_per_second = tokens / seconds.count();
+    if (count > 0) row.kept = std::move(outcomes[0].kept);
+    return row;
+}
+
+}  // namespace tiny_llama

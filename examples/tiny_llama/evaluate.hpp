@@ -1,0 +1,56 @@
+#pragma once
+/// Accuracy, bytes and time of a model under a policy and a budget.
+
+#include <cstddef>
+#include <kvcull/cache/blocks.hpp>
+#include <kvcull/select/budget.hpp>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "llama.hpp"
+#include "tasks.hpp"
+
+namespace tiny_llama {
+
+/// A policy by name, `snapkv` or `snapkv:window=16,kernel=5`, and what it may keep.
+struct Setting {
+    std::string policy = {};
+    kvcull::Budget budget = {};
+};
+
+/// What one case gave.
+struct Outcome {
+    std::size_t correct = 0, questions = 0;
+    std::size_t tokens = 0;                    ///< processed, questions included
+    std::size_t kv_bytes = 0, peak_bytes = 0;  ///< after prompt and stream; the most ever
+    std::vector<float> kept = {};  ///< [prompt + stream]: share of all KV heads that hold the token then
+};
+
+/// The means and sums of many cases.
+struct Row {
+    std::string task = {};
+    Setting setting = {};
+    double accuracy = 0;
+    std::size_t questions = 0;
+    double kv_bytes = 0;         ///< mean over the cases
+    std::size_t peak_bytes = 0;  ///< the largest
+    double tokens_per_second = 0;
+    std::vector<float> kept = {};  ///< of the first case
+};
+
+/// Whether `setting` is legal for a prompt of this model and this length. Nothing is computed.
+/// @throws kvcull::error::config_error that says what exists or what is wanted
+void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens);
+
+/// Reads prompt and stream under `setting`, then answers every question from the state after them, with
+/// eviction on hold.
+/// @param chunk  tokens of a prompt call; 0: the whole prompt at once
+[[nodiscard]] Outcome run_case(const Llama& model, const Setting& setting, const Case& example,
+                               std::size_t chunk, kvcull::BlockPool& pool);
+
+/// The first `cases` cases of a task, `threads` at a time, each with its own cache on one pool.
+[[nodiscard]] Row run_task(const Llama& model, const Setting& setting, const Task& task, std::size_t cases,
+                           std::size_t chunk, std::size_t threads);
+
+}  // namespace tiny_llama

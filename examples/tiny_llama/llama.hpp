@@ -1,0 +1,79 @@
+#pragma once
+/// A Llama model that keeps its keys and values in a cache of the caller. Matrix work by Eigen.
+
+#include <cstddef>
+#include <filesystem>
+#include <kvcull/views.hpp>
+#include <span>
+#include <vector>
+
+#include "checkpoint.hpp"
+#include "config.hpp"
+
+namespace tiny_llama {
+
+/// Weights only: const, and usable from any number of threads, each with its own cache.
+class Llama {
+  public:
+    /// Which tokens of a call get logits.
+    enum class Logits { last, all };
+
+    /// Loads a checkpoint folder: config.json and weights.
+    /// @throws kvcull::error::format_error for a wrong or missing key, tensor, type or shape;
+    /// std::system_error
+    explicit Llama(const std::filesystem::path& folder);
+
+    [[nodiscard]] const Config& config() const noexcept { return config_; }
+
+    /// Appends `tokens` to the sequence in `cache`: a prompt, a chunk of one, or a single token.
+    /// @param cache   append(layer, k, v), attend(layer, q, out), end_step(), and seen() for the next
+    /// position;
+    ///                kvcull::KVCache, or anything else with these members
+    /// @param logits  [1 or tokens.size(), vocabulary], overwritten
+    /// @throws std::invalid_argument for no tokens, std::out_of_range for one beyond the vocabulary; what the
+    /// cache throws
+    template <class Cache>
+    void forward(std::span<const int> tokens, Cache& cache, RowMajorMatrix& logits,
+                 Logits which = Logits::last) const {
+        const std::size_t n = tokens.size(), d = config_.head_dim, q_heads = config_.q_heads,
+                          kv_heads = config_.kv_heads;
+        const auto position = static_cast<kvcull::position_t>(cache.seen());
+        Activations a = embed(tokens);
+        for (std::size_t layer = 0; layer < config_.layers; ++layer) {
+            project(layer, position, a);
+            const auto heads = [&](std::size_t first, std::size_t count) {
+                return kvcull::HeadsView<const float>{
+                    a.qkv.data() + first * d, count, n, d, d, static_cast<std::size_t>(a.qkv.cols())};
+            };
+            cache.append(layer, heads(q_heads, kv_heads), heads(q_heads + kv_heads, kv_heads));
+            cache.attend(layer, heads(0, q_heads), kvcull::token_major(a.attended.data(), q_heads, n, d));
+            finish(layer, a);
+        }
+        cache.end_step();
+        head(which == Logits::all ? n : 1, a, logits);
+    }
+
+  private:
+    struct Layer {
+        RowVector attention_norm, mlp_norm;
+        RowMajorMatrix qkv, output, gate_up, down;  ///< [out, in]
+    };
+    /// What a call carries from layer to layer, a row per token.
+    struct Activations {
+        RowMajorMatrix hidden, normed, qkv, attended, gate_up, product;
+    };
+    [[nodiscard]] Activations embed(std::span<const int> tokens) const;
+    /// hidden -> q, k, v, with q and k rotated to the positions of the tokens.
+    void project(std::size_t layer, kvcull::position_t position, Activations& a) const;
+    /// Adds attention and the SwiGLU block to hidden.
+    void finish(std::size_t layer, Activations& a) const;
+    void head(std::size_t rows, Activations& a, RowMajorMatrix& logits) const;
+    void normalise(const RowMajorMatrix& x, const RowVector& weight, RowMajorMatrix& out) const;
+
+    Config config_;
+    std::vector<Layer> layers_;
+    RowMajorMatrix embedding_, head_;  ///< [vocabulary, hidden]; no head_ if it is the embedding
+    RowVector norm_;
+};
+
+}  // namespace tiny_llama

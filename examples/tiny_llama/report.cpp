@@ -1,0 +1,293 @@
+#include "report.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iomanip>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <ostream>
+#include <sstream>
+#include <stdexcept>
+
+namespace tiny_llama {
+namespace {
+
+/// Distinct values of a projection, in order of appearance.
+template <class Project>
+std::vector<std::string> distinct(std::span<const Row> rows, Project&& project) {
+    std::vector<std::string> values;
+    for (const Row& row : rows) {
+        const std::string value = project(row);
+        if (std::find(values.begin(), values.end(), value) == values.end()) values.push_back(value);
+    }
+    return values;
+}
+std::vector<std::string> tasks_of(std::span<const Row> rows) {
+    return distinct(rows, [](const Row& row) { return row.task; });
+}
+std::vector<std::string> policies_of(std::span<const Row> rows) {
+    return distinct(rows, [](const Row& row) { return row.setting.policy; });
+}
+std::vector<std::string> budgets_of(std::span<const Row> rows) {
+    return distinct(rows, [](const Row& row) { return text_of(row.setting.budget); });
+}
+const Row& find(std::span<const Row> rows, const std::string& task, const std::string& policy,
+                const std::string& budget) {
+    return *std::find_if(rows.begin(), rows.end(), [&](const Row& row) {
+        return row.task == task && row.setting.policy == policy && text_of(row.setting.budget) == budget;
+    });
+}
+const Task& find(std::span<const Task> tasks, const std::string& name) {
+    return *std::find_if(tasks.begin(), tasks.end(), [&](const Task& task) { return task.name == name; });
+}
+
+std::size_t longest(const std::vector<std::string>& names) {
+    std::size_t length = 0;
+    for (const std::string& name : names) length = std::max(length, name.size());
+    return length;
+}
+
+std::ofstream open(const std::filesystem::path& file) {
+    std::ofstream out(file);
+    if (!out) throw std::runtime_error(file.string() + ": cannot be written");
+    return out;
+}
+
+/// Text between tags.
+std::string escaped(const std::string& text) {
+    std::string out;
+    for (const char c : text) out += c == '&' ? "&amp;" : c == '<' ? "&lt;" : std::string(1, c);
+    return out;
+}
+/// A gnuplot string.
+std::string quoted(const std::string& text) {
+    std::string out = "'";
+    for (const char c : text) out += c == '\'' ? "''" : std::string(1, c);
+    return out + "'";
+}
+
+}  // namespace
+
+std::string text_of(const kvcull::Budget& budget) {
+    if (budget.tokens > 0) return std::to_string(budget.tokens);
+    std::ostringstream out;
+    out << budget.ratio;
+    return out.str();
+}
+
+void print_table(std::ostream& out, std::span<const Row> rows) {
+    const auto policies = policies_of(rows), budgets = budgets_of(rows);
+    const int name = static_cast<int>(std::max<std::size_t>(longest(policies), 6)), cell = 7;
+    const int group = cell * static_cast<int>(budgets.size());
+    const auto heading = [&](const char* text) { out << "  " << std::setw(group) << text; };
+
+    for (const std::string& task : tasks_of(rows)) {
+        const auto first =
+            std::find_if(rows.begin(), rows.end(), [&](const Row& row) { return row.task == task; });
+        out << '\n' << task << " (" << first->questions << " questions)\n" << std::setw(name) << "";
+        for (const char* text : {"accuracy", "KB held", "tokens/s"}) heading(text);
+        out << '\n' << std::left << std::setw(name) << "budget" << std::right;
+        for (int i = 0; i < 3; ++i) {
+            out << "  ";
+            for (const std::string& budget : budgets) out << std::setw(cell) << budget;
+        }
+        out << '\n';
+        for (const std::string& policy : policies) {
+            out << std::left << std::setw(name) << policy << std::right << std::fixed << "  ";
+            const auto cells = [&](int digits, auto&& value) {
+                out << std::setprecision(digits);
+                for (const std::string& budget : budgets)
+                    out << std::setw(cell) << value(find(rows, task, policy, budget));
+            };
+            cells(3, [](const Row& row) { return row.accuracy; });
+            out << "  ";
+            cells(0, [](const Row& row) { return row.kv_bytes / 1000; });
+            out << "  ";
+            cells(0, [](const Row& row) { return row.tokens_per_second; });
+            out << '\n';
+        }
+    }
+}
+
+void write_json(const std::filesystem::path& file, std::span<const Row> rows) {
+    nlohmann::ordered_json list = nlohmann::ordered_json::array();
+    for (const Row& row : rows) {
+        nlohmann::ordered_json item;
+        item["task"] = row.task;
+        item["policy"] = row.setting.policy;
+        if (row.setting.budget.tokens > 0)
+            item["budget"] = row.setting.budget.tokens;
+        else
+            item["budget"] = row.setting.budget.ratio;
+        item["accuracy"] = row.accuracy;
+        item["questions"] = row.questions;
+        item["kv_bytes"] = std::llround(row.kv_bytes);
+        item["peak_bytes"] = row.peak_bytes;
+        item["tokens_per_second"] = std::round(row.tokens_per_second * 10) / 10;
+        list.push_back(std::move(item));
+    }
+    nlohmann::ordered_json whole;
+    whole["rows"] = std::move(list);
+    open(file) << whole.dump(1) << '\n';
+}
+
+bool write_accuracy_svg(const std::filesystem::path& file, std::span<const Row> rows,
+                        std::span<const Task> tasks) {
+    if (std::system("gnuplot --version > /dev/null 2>&1") != 0) return false;
+    const auto names = tasks_of(rows), policies = policies_of(rows), budgets = budgets_of(rows);
+    // a ratio is drawn where it lies on average
+    const auto tokens = [&](const std::string& task, const kvcull::Budget& budget) {
+        double sum = 0;
+        const auto& cases = find(tasks, task).cases;
+        for (const Case& example : cases)
+            sum += static_cast<double>(kvcull::budget_tokens(budget, example.prompt.size()));
+        return sum / static_cast<double>(cases.size());
+    };
+    std::ostringstream plot;
+    for (std::size_t t = 0; t < names.size(); ++t)
+        for (std::size_t p = 0; p < policies.size(); ++p) {
+            std::vector<std::pair<double, double>> points;
+            for (const std::string& budget : budgets) {
+                const Row& row = find(rows, names[t], policies[p], budget);
+                points.emplace_back(tokens(names[t], row.setting.budget), row.accuracy);
+            }
+            std::sort(points.begin(), points.end());
+            plot << "$t" << t << "p" << p << " << EOD\n";
+            for (const auto& [x, y] : points) plot << x << ' ' << y << '\n';
+            plot << "EOD\n";
+        }
+    // in pixels: panels left, the legend of all of them right
+    const std::size_t columns = names.size() > 1 ? 2 : 1, lines = (names.size() + columns - 1) / columns;
+    const double legend = 80 + 7.5 * static_cast<double>(longest(policies));
+    const double width = 70 + 400 * static_cast<double>(columns) + legend;
+    const double height = 30 + 280 * static_cast<double>(lines);
+    plot
+        << "set terminal svg size " << width << ',' << height << " font 'Helvetica,13' background '#ffffff'\n"
+        << "set output " << quoted(file.string()) << "\nset multiplot layout " << lines << ',' << columns
+        << " margins screen " << 70 / width << ',' << 1 - legend / width << ',' << 50 / height << ','
+        << 1 - 30 / height << " spacing screen " << 80 / width << ',' << 80 / height << '\n'
+        << "set logscale x 2\nset yrange [-0.03:1.05]\nset ytics 0, 0.25\nset format y '%.2f'\n"
+        << "set grid lc rgb '#e0e0e0'\nset border 3 lc rgb '#808080'\n"
+        << "set tics nomirror textcolor rgb '#404040'\n"
+        << "set xlabel 'budget per KV head' offset 0,0.4\nset ylabel 'accuracy' offset 1.5,0\n"
+        << "set key at screen 0.985,0.5 right center vertical maxcols 1 Left reverse samplen 2 noautotitle\n";
+    constexpr std::array<const char*, 8> colors{"#1f77b4", "#7f7f7f", "#d62728", "#ff7f0e",
+                                                "#17becf", "#9467bd", "#2ca02c", "#bcbd22"};
+    for (std::size_t t = 0; t < names.size(); ++t) {
+        double least = 1e300, most = 0;
+        std::ostringstream tics;
+        for (const std::string& budget : budgets) {
+            const double x = tokens(names[t], find(rows, names[t], policies[0], budget).setting.budget);
+            tics << (most == 0 ? "" : ", ") << quoted(budget) << ' ' << x;
+            least = std::min(least, x);
+            most = std::max(most, x);
+        }
+        plot << "set title " << quoted(names[t]) << " noenhanced offset 0,-0.6\nset xtics (" << tics.str()
+             << ")\nset xrange [" << least / 1.15 << ':' << most * 1.15 << "]\nplot ";
+        for (std::size_t p = 0; p < policies.size(); ++p) {
+            const bool full = policies[p] == "full";
+            plot << (p == 0 ? "" : ", ") << "$t" << t << "p" << p << " with linespoints lw 2 ps 0.7 pt "
+                 << 4 + p % 9 << " dt " << (full ? 2 : 1) << " lc rgb '"
+                 << (full ? "#000000" : colors[p % colors.size()]) << "' title "
+                 << (t + 1 == names.size() ? quoted(policies[p]) : "''") << " noenhanced";
+        }
+        plot << '\n';
+    }
+    plot << "unset multiplot\n";
+
+    const auto close = [](std::FILE* pipe) { ::pclose(pipe); };
+    std::unique_ptr<std::FILE, decltype(close)> gnuplot(::popen("gnuplot", "w"), close);
+    const std::string script = plot.str();
+    if (gnuplot == nullptr || std::fwrite(script.data(), 1, script.size(), gnuplot.get()) != script.size() ||
+        ::pclose(gnuplot.release()) != 0)
+        throw std::runtime_error("gnuplot could not draw " + file.string());
+    return true;
+}
+
+void write_kept_svg(const std::filesystem::path& file, std::span<const Row> rows, std::span<const Task> tasks,
+                    const kvcull::Budget& budget) {
+    constexpr double width = 880, bar = 15, pitch = 19, panel_top = 34, panel_gap = 26, top = 58;
+    struct Style {
+        Kind kind;
+        const char *color, *name;
+    };
+    constexpr std::array<Style, 5> styles{{{Kind::asked_fact, "#b3001b", "fact that is asked for"},
+                                           {Kind::fact, "#1f77b4", "other fact"},
+                                           {Kind::thought, "#f0a202", "thought"},
+                                           {Kind::filler, "#8c8c8c", "filler"},
+                                           {Kind::other, "#2b2b2b", "other"}}};
+    const auto names = tasks_of(rows), policies = policies_of(rows);
+    const double left = 30 + 7 * static_cast<double>(std::max<std::size_t>(longest(policies), 12));
+    const double panel = panel_top + pitch * static_cast<double>(policies.size() + 1) + panel_gap;
+    std::ofstream out = open(file);
+    out << std::setprecision(6);
+    const auto label = [&](double x, double y, const std::string& text, const char* more = "") {
+        out << "<text x='" << x << "' y='" << y << "' " << more << ">" << escaped(text) << "</text>\n";
+    };
+    out << "<svg xmlns='http://www.w3.org/2000/svg' width='" << left + width + 20 << "' height='"
+        << top + panel * static_cast<double>(names.size()) << "' font-family='Helvetica, Arial, sans-serif' "
+        << "font-size='12'>\n<rect width='100%' height='100%' fill='#ffffff'/>\n";
+    label(10, 20,
+          "Tokens still held after prompt and stream, at a budget of " + text_of(budget) +
+              " per KV head. The darker, the more of the KV heads hold the token.",
+          "font-size='14'");
+    double x = 10;
+    for (const Style& style : styles) {
+        out << "<rect x='" << x << "' y='33' width='12' height='12' fill='" << style.color << "'/>\n";
+        label(x + 17, 43, style.name);
+        x += 34 + 6.6 * static_cast<double>(std::char_traits<char>::length(style.name));
+    }
+
+    double y = top;
+    for (const std::string& name : names) {
+        const Case& example = find(tasks, name).cases.front();
+        const std::vector<Kind> kind = kinds(example);
+        const double token = width / static_cast<double>(kind.size());
+        label(10, y + 20, name, "font-weight='bold' font-size='14'");
+        label(
+            left, y + 20,
+            "first case: " + std::to_string(example.prompt.size()) + " tokens of prompt" +
+                (example.stream.empty() ? std::string()
+                                        : ", then " + std::to_string(example.stream.size()) + " of stream") +
+                ", " + std::to_string(example.questions.size()) +
+                (example.questions.size() == 1 ? " question" : " questions"));
+        double line = y + panel_top;
+        const auto strip = [&](const std::string& text, const std::vector<float>& kept) {
+            // runs of tokens that look the same become one rectangle, all of one look one path
+            std::map<std::pair<Kind, int>, std::ostringstream> paths;
+            const auto look = [&](std::size_t i) {
+                return std::pair(kind[i], static_cast<int>(std::lround(100 * kept[i])));
+            };
+            for (std::size_t i = 0, end = 0; i < kind.size(); i = end) {
+                for (end = i + 1; end < kind.size() && look(end) == look(i);) ++end;
+                paths[look(i)] << 'M' << left + token * static_cast<double>(i) << ' ' << line << 'h'
+                               << token * static_cast<double>(end - i) << 'v' << bar << 'h'
+                               << -token * static_cast<double>(end - i) << 'z';
+            }
+            label(left - 8, line + 12, text, "text-anchor='end'");
+            out << "<rect x='" << left << "' y='" << line << "' width='" << width << "' height='" << bar
+                << "' fill='#f4f4f4'/>\n";
+            for (const auto& [seen, path] : paths) {
+                const auto [part, percent] = seen;
+                if (percent == 0) continue;
+                for (const Style& style : styles)
+                    if (style.kind == part)
+                        out << "<path fill='" << style.color << "' fill-opacity='" << percent / 100.0
+                            << "' d='" << path.str() << "'/>\n";
+            }
+            line += pitch;
+        };
+        strip("the text", std::vector<float>(kind.size(), 1.0F));
+        for (const std::string& policy : policies)
+            strip(policy, find(rows, name, policy, text_of(budget)).kept);
+        y += panel;
+    }
+    out << "</svg>\n";
+}
+
+}  // namespace tiny_llama

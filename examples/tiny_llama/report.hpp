@@ -1,0 +1,34 @@
+#pragma once
+/// What the demo shows: a table, results.json and two pictures.
+
+#include <filesystem>
+#include <iosfwd>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "evaluate.hpp"
+
+namespace tiny_llama {
+
+/// "96" or "0.25".
+[[nodiscard]] std::string text_of(const kvcull::Budget& budget);
+
+/// Per task: accuracy and kilobytes of every policy at every budget.
+void print_table(std::ostream& out, std::span<const Row> rows);
+
+/// `{"rows": [{"task", "policy", "budget", "accuracy", "questions", "kv_bytes", "peak_bytes",
+/// "tokens_per_second"}]}`; a budget below 1 is a ratio of the prompt.
+void write_json(const std::filesystem::path& file, std::span<const Row> rows);
+
+/// Accuracy against budget, a line per policy and a panel per task, drawn by gnuplot.
+/// @returns false if there is no gnuplot
+[[nodiscard]] bool write_accuracy_svg(const std::filesystem::path& file, std::span<const Row> rows,
+                                      std::span<const Task> tasks);
+
+/// The tokens that the KV heads still hold after prompt and stream of each task's first case: a panel per
+/// task, a row per policy, at `budget`.
+void write_kept_svg(const std::filesystem::path& file, std::span<const Row> rows, std::span<const Task> tasks,
+                    const kvcull::Budget& budget);
+
+}  // namespace tiny_llama

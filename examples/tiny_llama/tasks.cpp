@@ -1,0 +1,135 @@
+#include "tasks.hpp"
+
+#include <algorithm>
+#include <optional>
+#include <set>
+
+#include "json.hpp"
+
+namespace tiny_llama {
+namespace {
+
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+std::vector<int> read_tokens(const Object& object, const std::string& key, std::size_t vocabulary) {
+    std::vector<int> tokens;
+    for (const json& token : object.list(key)) {
+        if (!token.is_number_unsigned() || token.get<std::size_t>() >= vocabulary)
+            object.wrong(key, "token ids below " + std::to_string(vocabulary));
+        tokens.push_back(token.get<int>());
+    }
+    return tokens;
+}
+
+Case read_case(const Object& object, std::size_t vocabulary) {
+    Case example{.prompt = read_tokens(object, "prompt", vocabulary)};
+    if (object.has("stream")) example.stream = read_tokens(object, "stream", vocabulary);
+    object.each("questions", [&](const Object& question) {
+        example.questions.push_back({.ask = read_tokens(question, "ask", vocabulary),
+                                     .answer = read_tokens(question, "answer", vocabulary)});
+        if (example.questions.back().ask.empty()) question.wrong("ask", "at least one token");
+        if (example.questions.back().answer.empty()) question.wrong("answer", "at least one token");
+    });
+    if (example.prompt.empty()) object.wrong("prompt", "at least one token");
+    return example;
+}
+
+/// Nothing if the file holds something else than a task.
+std::optional<Task> read_task(const fs::path& path, std::size_t vocabulary) {
+    const json file = read_json(path);
+    if (!file.is_object() || !file.contains("task")) return std::nullopt;
+    const Object object(file, path.string());
+    Task task{.name = object.get<std::string>("task")};
+    object.each("cases",
+                [&](const Object& example) { task.cases.push_back(read_case(example, vocabulary)); });
+    if (task.cases.empty()) object.wrong("cases", "at least one case");
+    return task;
+}
+
+std::vector<Task> read_folder(const fs::path& folder, std::size_t vocabulary) {
+    std::set<fs::path> files;  // in order of names
+    for (const auto& item : fs::directory_iterator(folder))
+        if (item.path().extension() == ".json") files.insert(item.path());
+    std::vector<Task> tasks;
+    for (const fs::path& file : files)
+        if (auto task = read_task(file, vocabulary)) tasks.push_back(std::move(*task));
+    return tasks;
+}
+
+}  // namespace
+
+std::vector<Task> read_tasks(std::span<const std::string> where, const fs::path& home,
+                             std::size_t vocabulary) {
+    std::vector<Task> tasks;
+    const auto add = [&](Task task, const std::string& source) {
+        const auto same = [&](const Task& other) { return other.name == task.name; };
+        if (std::any_of(tasks.begin(), tasks.end(), same))
+            fail(source, "task '" + task.name + "' is given twice");
+        tasks.push_back(std::move(task));
+    };
+    const auto add_folder = [&](const fs::path& folder) {
+        std::vector<Task> found = read_folder(folder, vocabulary);
+        if (found.empty()) fail(folder.string(), "holds no JSON file with a `task` key");
+        for (Task& task : found) add(std::move(task), folder.string());
+    };
+    const auto add_named = [&](const std::string& name) {
+        std::vector<Task> found = read_folder(home, vocabulary);
+        std::string names;
+        for (Task& task : found) {
+            if (task.name == name) return add(std::move(task), home.string());
+            names += (names.empty() ? "" : ", ") + task.name;
+        }
+        fail("--tasks " + name,
+             "no such file, folder or task; the tasks in " + home.string() + " are: " + names);
+    };
+    if (where.empty()) add_folder(home);
+    for (const std::string& item : where) {
+        if (fs::is_directory(item)) {
+            add_folder(item);
+        } else if (fs::exists(item)) {
+            auto task = read_task(item, vocabulary);
+            if (!task) fail(item, "'task' is missing");
+            add(std::move(*task), item);
+        } else {
+            add_named(item);
+        }
+    }
+    return tasks;
+}
+
+std::vector<Kind> kinds(const Case& example) {
+    constexpr int stop = 2, wait = 6, so = 7, topics = 8, names = 24, values = 152, words = 280, end = 448;
+    const auto within = [](int token, int first, int last) { return token >= first && token < last; };
+
+    std::vector<int> tokens = example.prompt;
+    tokens.insert(tokens.end(), example.stream.begin(), example.stream.end());
+    std::vector<Kind> kinds(tokens.size(), Kind::other);
+    const auto asked = [&](int name) {
+        return std::any_of(example.questions.begin(), example.questions.end(), [&](const Question& question) {
+            return std::find(question.ask.begin(), question.ask.end(), name) != question.ask.end();
+        });
+    };
+    for (std::size_t i = 0; i + 3 < tokens.size(); ++i) {
+        const bool statement = within(tokens[i + 1], names, values) && within(tokens[i + 2], values, words) &&
+                               tokens[i + 3] == stop;
+        Kind kind = Kind::other;
+        std::size_t length = 1;
+        if (within(tokens[i], topics, names) && statement) {
+            kind = asked(tokens[i + 1]) ? Kind::asked_fact : Kind::fact;
+            length = 4;
+        } else if ((tokens[i] == wait || tokens[i] == so) && statement) {
+            kind = Kind::thought;
+            length = 4;
+        } else if (within(tokens[i], topics, names) && within(tokens[i + 1], words, end)) {
+            kind = Kind::filler;
+            while (i + length < tokens.size() && within(tokens[i + length], words, end)) ++length;
+            if (i + length < tokens.size() && tokens[i + length] == stop) ++length;
+        }
+        std::fill_n(kinds.begin() + static_cast<std::ptrdiff_t>(i), length, kind);
+        i += length - 1;
+    }
+    return kinds;
+}
+
+}  // namespace tiny_llama

@@ -1,0 +1,42 @@
+#pragma once
+/// Task files: prompts with questions, as model/README.md describes them.
+
+#include <cstddef>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace tiny_llama {
+
+struct Question {
+    std::vector<int> ask = {}, answer = {};
+};
+/// The model reads `prompt` at once, then `stream` token by token; every question starts from that state.
+struct Case {
+    std::vector<int> prompt = {}, stream = {};
+    std::vector<Question> questions = {};
+
+    [[nodiscard]] std::size_t size() const noexcept { return prompt.size() + stream.size(); }
+};
+struct Task {
+    std::string name = {};
+    std::vector<Case> cases = {};
+};
+
+/// @param where       each a task file, a folder (the JSON files in it that have a `task` key), or the name
+/// of a
+///                    task in `home`; empty: `home`
+/// @param vocabulary  token ids lie below
+/// @throws kvcull::error::format_error for a malformed file, and for a task that is not there: it lists those
+///         that are
+[[nodiscard]] std::vector<Task> read_tasks(std::span<const std::string> where,
+                                           const std::filesystem::path& home, std::size_t vocabulary);
+
+/// What a token of the tiny world is part of (ids and sentences: model/README.md).
+enum class Kind { asked_fact, fact, filler, thought, other };
+
+/// The kind of every token of prompt and stream. A fact is `asked` if a question of the case asks for it.
+[[nodiscard]] std::vector<Kind> kinds(const Case& example);
+
+}  // namespace tiny_llama

@@ -1,0 +1,72 @@
+#pragma once
+/// The two kernels that read cached rows, chosen by the rows' element type, and the walk along paged rows
+/// that tells them what comes next.
+
+#include <algorithm>
+#include <cstddef>
+#include <span>
+#include <string_view>
+
+#include "../base/error.hpp"
+#include "../simd/kernels.hpp"
+#include "../views.hpp"
+
+namespace kvcull::inline KVCULL_ABI::detail {
+
+/// Calls `visit(Run, next)` for pieces of about 8 KiB that cover rows `begin .. end - 1`, in order; `next` is
+/// where the piece after it starts, nullptr at the end. A kernel that fetches `next` while it computes keeps
+/// memory busy; the hardware's own prefetch stops at every block and is too timid when several queries share
+/// a row.
+template <class Visit>
+void for_each_piece(const RowsView& rows, std::size_t begin, std::size_t end, const Visit& visit) {
+    constexpr std::size_t piece_bytes = 8192;
+    const std::size_t row_bytes = std::max<std::size_t>(rows.stride() * size_of(rows.dtype()), 1);
+    const std::size_t piece_rows = std::max<std::size_t>(piece_bytes / row_bytes / 8 * 8, 8);
+    const auto piece_at = [&](std::size_t first) {
+        RowsView::Run run = rows.run_at(first);
+        run.rows = std::min({run.rows, piece_rows, end - first});
+        return run;
+    };
+    if (begin >= end) return;
+    RowsView::Run piece = piece_at(begin);
+    for (std::size_t after = begin + piece.rows; after < end;) {
+        const RowsView::Run following = piece_at(after);
+        visit(piece, following.data);
+        piece = following;
+        after += piece.rows;
+    }
+    visit(piece, nullptr);
+}
+
+/// out[g * out_stride + j] = scale * (q_g . row j of the run), g < group.
+inline void dots(const simd::Kernels& kernels, const float* q, std::size_t q_stride, std::size_t group,
+                 const RowsView& rows, const RowsView::Run& run, float scale, float* out,
+                 std::size_t out_stride, const std::byte* next = nullptr) noexcept {
+    if (rows.dtype() == DType::f32)
+        kernels.dots_f32(q, q_stride, group, reinterpret_cast<const float*>(run.data), rows.stride(),
+                         run.rows, rows.dim(), scale, out, out_stride, next);
+    else
+        kernels.dots_f16(q, q_stride, group, reinterpret_cast<const float16*>(run.data), rows.stride(),
+                         run.rows, rows.dim(), scale, out, out_stride, next);
+}
+
+/// out[g * out_stride + c] += sum over the run's rows j of w[g * w_stride + j] * row j [c].
+inline void weighted_sum(const simd::Kernels& kernels, const float* w, std::size_t w_stride,
+                         std::size_t group, const RowsView& rows, const RowsView::Run& run, float* out,
+                         std::size_t out_stride, const std::byte* next = nullptr) noexcept {
+    if (rows.dtype() == DType::f32)
+        kernels.weighted_sum_f32(w, w_stride, group, reinterpret_cast<const float*>(run.data), rows.stride(),
+                                 run.rows, rows.dim(), out, out_stride, next);
+    else
+        kernels.weighted_sum_f16(w, w_stride, group, reinterpret_cast<const float16*>(run.data),
+                                 rows.stride(), run.rows, rows.dim(), out, out_stride, next);
+}
+
+/// Rows that the kernels can read: f32 and f16.
+template <class Argument>
+void check_readable(std::string_view where, const Argument& argument, const RowsView& rows) {
+    check<error::config_error>(rows.dtype() != DType::bf16, where, argument, name_of(rows.dtype()),
+                               "f32 or f16");
+}
+
+}  // namespace kvcull::inline KVCULL_ABI::detail

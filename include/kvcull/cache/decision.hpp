@@ -1,0 +1,287 @@
+#pragma once
+/// When a policy evicts, and what: from the scores of a scope (a layer's heads, or the model's) to a plan.
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../select/budget.hpp"
+#include "../select/plan.hpp"
+#include "../select/topk.hpp"
+#include "live.hpp"
+#include "shape.hpp"
+#include "tiles.hpp"
+
+namespace kvcull::inline KVCULL_ABI::detail {
+
+/// Parameters that stay (shape, policy, budget, rule) and the memory of a decision. What changes over a
+/// sequence is a `Live`, given to every call. Heads are counted flat: layer * kv_heads + head.
+template <Policy P, BudgetRule Rule>
+class Decision {
+  public:
+    /// Heads `first .. first + count - 1` are ranked together or belong to one layer.
+    struct Span {
+        std::size_t first, count;
+    };
+
+    Decision(CacheShape cache, P method, Budget limits, Rule division)
+        : shape(checked(cache)), policy(std::move(method)), budget(limits), rule(std::move(division)) {
+        for (const Phase phase : {Phase::prompt, Phase::decode, Phase::probe})
+            falls_due[static_cast<std::size_t>(phase)] =
+                may_fall_due(phase, false) || may_fall_due(phase, true);
+        never = !decides_late<P> && std::find(falls_due.begin(), falls_due.end(), true) == falls_due.end();
+        if (!never || budget.tokens > 0 || budget.ratio != 0.0) check_budget(budget);
+        scores_.resize(pools_model() ? shape.heads() : shape.kv_heads);
+        keeps_.resize(scores_.size());
+    }
+
+    const CacheShape shape;
+    const P policy;
+    const Budget budget;
+    const Rule rule;
+    std::array<bool, 3> falls_due{};  // by phase: the policy may evict in it
+    bool never = false;               // the policy never evicts, whatever the rows
+    Compaction compaction = is_ordered(policy) ? Compaction::ascending : Compaction::fill;
+    Workers workers;
+
+    [[nodiscard]] Scope scope() const { return scope_of(policy); }
+    [[nodiscard]] bool pools_model() const { return scope() == Scope::model_pooled; }
+    [[nodiscard]] Span layer(std::size_t index) const noexcept {
+        return {index * shape.kv_heads, shape.kv_heads};
+    }
+    template <class Visit>
+    void for_each_span(Visit&& visit) const {
+        if (pools_model()) return visit(Span{0, shape.heads()});
+        for (std::size_t index = 0; index < shape.layers; ++index) visit(layer(index));
+    }
+
+    /// The budget is known: sizes of all heads. @throws config_error; `live` is then unchanged.
+    void resolve(Live<P>& live, std::size_t tokens, std::size_t prompt) const {
+        if constexpr (Checked<P>) policy.check(tokens);
+        std::vector<std::size_t> layers(shape.layers), sizes(shape.heads());
+        rule.layer_sizes(tokens, prompt, protected_rows(policy, tokens), layers);
+        for (std::size_t i = 0; i < sizes.size(); ++i) sizes[i] = layers[i / shape.kv_heads];
+        check_pins(live.pinned, sizes);
+        live.sizes = std::move(sizes);
+        live.resolved = true;
+    }
+    static void check_pins(std::span<const PositionRange> pinned, std::span<const std::size_t> sizes) {
+        position_t total = 0;
+        for (const PositionRange& range : pinned) total += range.end - range.begin;
+        for (const std::size_t size : sizes)
+            check<error::config_error>(static_cast<std::size_t>(total) <= size, "pin", "budget", size,
+                                       text("at least the pinned ", total));
+    }
+
+    /// Whether the policy would evict at all at such a moment in some layer, however many rows there are.
+    /// Zero is tried too, as it is a multiple of every interval.
+    [[nodiscard]] bool may_fall_due(Phase phase, bool prompt_end) const {
+        constexpr std::size_t many = unlimited / 4;
+        for (std::size_t layer = 0; layer < shape.layers; ++layer)
+            for (const std::size_t seen : {std::size_t{0}, many})
+                for (const std::size_t since : {std::size_t{0}, many})
+                    if (due({.phase = phase,
+                             .prompt_end = prompt_end,
+                             .layer = layer,
+                             .seen = seen,
+                             .since = since,
+                             .rows = many,
+                             .budget = 1},
+                            1))
+                        return true;
+        return false;
+    }
+    /// Whether the heads hold more than they may once `coming` rows have joined.
+    [[nodiscard]] bool over(const Live<P>& live, Span span, std::size_t coming) const {
+        for (std::size_t i = span.first; i < span.first + span.count; ++i)
+            if (live.sizes[i] != unlimited && live.rows[i] + coming > live.sizes[i]) return true;
+        return false;
+    }
+    /// Whether the heads evict now. Pooled heads by their sums, others as soon as one of them is due.
+    /// `coming`: rows per head that will have joined by then.
+    [[nodiscard]] bool due_now(const Live<P>& live, Span span, Moment moment, std::size_t coming = 0) const {
+        const bool pooled = scope() == Scope::layer_pooled || pools_model();
+        moment.layer = span.first / shape.kv_heads;
+        moment.since = live.since[moment.layer] + (moment.phase == Phase::decode ? coming : 0);
+        for (std::size_t i = span.first; i < span.first + span.count; ++i) {
+            moment.rows = live.rows[i] + coming + (pooled ? moment.rows : 0);
+            moment.budget = live.sizes[i] + (pooled ? moment.budget : 0);
+            if (!pooled && due(moment, 1)) return true;
+        }
+        return pooled && due(moment, span.count);
+    }
+
+    [[nodiscard]] HeadStep head_step(const Live<P>& live, std::size_t index, const HeadView& cached,
+                                     TileScratch& scratch) const {
+        return {.phase = live.phase,
+                .layer = index / shape.kv_heads,
+                .head = index % shape.kv_heads,
+                .group = shape.group(),
+                .next_position = live.call_next,
+                .cached = cached,
+                .scale = shape.logit_scale(),
+                .kernels = workers.kernels,
+                .workspace = &scratch.policy};
+    }
+    /// The policy's scores of one head, or, with `queries` [q_heads, R, d], those of its look-ahead.
+    void score(const Live<P>& live, std::size_t index, HeadStep step, const HeadsView<const float>& queries,
+               std::size_t coming, TileScratch& scratch, std::span<float> out) const {
+        step.protect = protection(live.sizes[index], coming);
+        if constexpr (Lookahead<P>) {
+            if (!queries.empty()) {
+                const std::size_t rows = step.group * queries.tokens;
+                const MatrixView<float> q(scratch.q.get(rows * queries.dim), rows, queries.dim);
+                for (std::size_t r = 0; r < rows; ++r) {
+                    const float* row =
+                        queries.row(step.head * step.group + r / queries.tokens, r % queries.tokens);
+                    std::copy(row, row + queries.dim, q[r].data());
+                }
+                return policy.rescore(step, q, out);
+            }
+        }
+        if constexpr (SequenceState<P>)
+            policy.score(live.states[index], live.sequence, step, out);
+        else
+            policy.score(live.states[index], step, out);
+    }
+
+    /// Adds to `plan` what the heads keep, leaving room for `coming` more rows. `views` are those of the
+    /// span.
+    void choose(Live<P>& live, Span span, std::span<const HeadView> views, Phase phase, std::size_t coming,
+                Plan& plan, const HeadsView<const float>& queries = {}) {
+        const std::size_t first = span.first, count = span.count;
+        for (std::size_t from = 0; from < count; from += shape.kv_heads)
+            workers.for_each_head(shape.kv_heads, [&](std::size_t h, TileScratch& scratch) {
+                const std::size_t i = from + h, n = live.rows[first + i];
+                HeadStep step = head_step(live, first + i, views[i], scratch);
+                step.phase = phase;
+                score(live, first + i, step, queries, coming, scratch, {scores_[i].get(n), n});
+            });
+
+        candidates_.clear();
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::size_t size = live.sizes[first + i];
+            candidates_.push_back({{scores_[i].data(), live.rows[first + i]},
+                                   views[i].position,
+                                   size - std::min(coming, size),
+                                   protection(size, coming)});
+        }
+        if constexpr (HeadBudgetRule<Rule>)
+            if (phase == Phase::prompt && coming == 0) {
+                // The total stays: after an earlier division the heads' own sizes differ.
+                std::size_t total = 0;
+                for (const Candidates& head : candidates_) total += head.size;
+                std::vector<std::size_t> sizes(count);
+                rule.head_sizes(candidates_, total / count, sizes);
+                for (std::size_t i = 0; i < count; ++i)
+                    live.sizes[first + i] = candidates_[i].size = sizes[i];
+            }
+        switch (scope()) {
+            case Scope::layer_pooled:
+            case Scope::model_pooled:
+                rank_together(live);
+                break;
+            case Scope::layer_shared:
+                share(live, first, views[0]);
+                break;
+            case Scope::head:
+                for (std::size_t i = 0; i < count; ++i) select(live, first + i, i, views[i]);
+        }
+        for (std::size_t i = 0; i < count; ++i)
+            plan.add((first + i) / shape.kv_heads, (first + i) % shape.kv_heads, live.rows[first + i],
+                     keeps_[i], compaction);
+    }
+
+    void reserve(std::size_t rows) {
+        for (auto& keep : keeps_) keep.reserve(rows);
+        for (auto& scores : scores_) scores.get(rows);
+        selector_.reserve(rows * (scope() == Scope::head ? 1 : scores_.size()));
+        candidates_.reserve(scores_.size());
+        fixed_.reserve(rows);
+        std::size_t workspace = 0;
+        if constexpr (TakesWorkspace<P>)
+            workspace = policy.workspace(rows, shape.group(), std::max(shape.head_dim, shape.values()));
+        workers.reserve(shape, policy.needs(Phase::decode), rows, workspace);
+    }
+    /// Gives all scratch back.
+    void trim() {
+        scores_ = std::vector<Scratch<float>>(scores_.size());
+        keeps_ = std::vector<std::vector<index_t>>(keeps_.size());
+        selector_ = {};
+        candidates_ = {};
+        fixed_ = {};
+        workers.scratch = {};
+    }
+
+  private:
+    [[nodiscard]] bool due(const Moment& moment, std::size_t heads) const {
+        if constexpr (Triggered<P>) return policy.due(moment);
+        return moment.rows > moment.budget && moment.rows - moment.budget > budget.slack * heads;
+    }
+    /// What selection protects in a head: the policy's rows and the user's, less those that are still to
+    /// come.
+    [[nodiscard]] Protected protection(std::size_t size, std::size_t coming) const {
+        Protected rows = protected_rows(policy, size);
+        rows.sinks = std::max(rows.sinks, budget.sinks);
+        rows.recent = std::max(rows.recent, budget.recent);
+        rows.recent -= std::min(rows.recent, coming);
+        return rows;
+    }
+
+    void select(const Live<P>& live, std::size_t index, std::size_t i, const HeadView& cached) {
+        const Candidates& head = candidates_[i];
+        if constexpr (Selects<P>) {
+            if (head.score.size() > head.size) {
+                selector_.fix(head, live.pinned, fixed_);
+                HeadStep step = head_step(live, index, cached, workers.scratch[0]);
+                step.protect = head.protect;
+                keeps_[i].clear();
+                policy.select(live.states[index], step, fixed_, head.size, keeps_[i]);
+                check<error::state_error>(keeps_[i].size() == head.size, P::name, "number of rows selected",
+                                          keeps_[i].size(), head.size);
+                return;
+            }
+        }
+        selector_.head(head, live.pinned, keeps_[i]);
+    }
+    /// One keep list for all heads of the layer, by the mean of their scores.
+    void share(const Live<P>& live, std::size_t index, const HeadView& cached) {
+        const std::size_t n = candidates_[0].score.size();
+        float* const mean = scores_[0].data();
+        for (std::size_t i = 1; i < candidates_.size(); ++i) {
+            check<error::state_error>(candidates_[i].score.size() == n, P::name, text("rows of head ", i),
+                                      candidates_[i].score.size(), n);
+            workers.kernels->add(mean, scores_[i].data(), n);
+        }
+        for (std::size_t j = 0; j < n; ++j) mean[j] /= static_cast<float>(candidates_.size());
+        if constexpr (Finishes<P>) {
+            HeadStep step = head_step(live, index, cached, workers.scratch[0]);
+            step.protect = candidates_[0].protect;
+            policy.finish(step, {mean, n});
+        }
+        selector_.head(candidates_[0], live.pinned, keeps_[0]);
+        for (std::size_t i = 1; i < candidates_.size(); ++i) keeps_[i] = keeps_[0];
+    }
+    void rank_together(const Live<P>& live) {
+        std::size_t total = 0, held = 0;
+        for (const Candidates& head : candidates_) {
+            total += head.size;
+            held += head.score.size();
+        }
+        HeadTie tie = HeadTie::lower;
+        if constexpr (requires { policy.tie(); }) tie = policy.tie();
+        selector_.pooled(candidates_, std::min(total, held), live.pinned, tie, keeps_);
+    }
+
+    Selector selector_;
+    std::vector<Scratch<float>> scores_;
+    std::vector<std::vector<index_t>> keeps_;
+    std::vector<Candidates> candidates_;
+    std::vector<std::uint8_t> fixed_;
+};
+
+}  // namespace kvcull::inline KVCULL_ABI::detail

@@ -1,0 +1,525 @@
+#pragma once
+/// Evictor: a policy, a budget and the state of one sequence. It sees views, answers with plans, and owns no
+/// rows: KVCache carries the plans out on its blocks, an engine on its own buffers.
+
+#include <algorithm>
+#include <cstddef>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../attention/row_kernels.hpp"
+#include "../attention/softmax.hpp"
+#include "decision.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// For every layer of a call: append the new rows to your buffers, then `step` (attention if `out` is given,
+/// and the layer's plan), carry the plan out before the next call; `end_step` after the last layer. A plan is
+/// valid until the next call. Every call checks its arguments before anything changes.
+template <Policy P, BudgetRule Rule = Uniform>
+class Evictor {
+  public:
+    using State = typename P::State;
+
+    /// @throws config_error if shape, policy, budget or their combination is not valid.
+    explicit Evictor(CacheShape shape, P policy = {}, Budget budget = {}, Rule rule = {})
+        : decision_(shape, std::move(policy), budget, std::move(rule)), live_(shape) {
+        if (budget.tokens > 0) {
+            decision_.resolve(live_, budget.tokens, 0);
+        } else if constexpr (Checked<P>) {
+            decision_.policy.check(unlimited);
+        }
+    }
+
+    [[nodiscard]] const CacheShape& shape() const noexcept { return decision_.shape; }
+    [[nodiscard]] const P& policy() const noexcept { return decision_.policy; }
+    [[nodiscard]] const Live<P>& live() const noexcept { return live_; }
+    /// Tokens of the sequence so far.
+    [[nodiscard]] std::size_t seen() const noexcept { return live_.seen; }
+    [[nodiscard]] position_t next_position() const noexcept { return live_.next_position; }
+    [[nodiscard]] const State& state(std::size_t layer, std::size_t head) const {
+        check_head("Evictor::state", layer, head);
+        return live_.states[flat(layer, head)];
+    }
+    /// Rows that one head may keep; `unlimited` while a ratio waits for the prompt's length.
+    [[nodiscard]] std::size_t size(std::size_t layer, std::size_t head) const {
+        check_head("Evictor::size", layer, head);
+        return live_.sizes[flat(layer, head)];
+    }
+    [[nodiscard]] Compaction compaction() const noexcept { return decision_.compaction; }
+    /// For engines whose rows must stay ascending whatever the policy. Call it before the first token.
+    void keep_ascending() {
+        constexpr std::string_view where = "Evictor::keep_ascending";
+        require_idle(where);
+        detail::check<error::state_error>(live_.seen == 0, where, "tokens seen", live_.seen, 0);
+        decision_.compaction = Compaction::ascending;
+    }
+    /// Heads of a layer run on the caller's threads. Default: one after the other.
+    void set_executor(Executor executor) { decision_.workers.executor = std::move(executor); }
+    /// For differential tests and measurements; default: the best of this machine.
+    void set_kernels(const simd::Kernels& kernels) noexcept { decision_.workers.kernels = &kernels; }
+    /// Pauses eviction from the next call on. Rows enter and states follow as ever.
+    void hold(bool on) {
+        require_idle("Evictor::hold");
+        live_.hold = on;
+    }
+    void restore(Live<P> live) noexcept { live_ = std::move(live); }
+
+    /// Bytes of per-row policy state.
+    [[nodiscard]] std::size_t bytes() const {
+        std::size_t bytes = 0;
+        for (const State& state : live_.states) bytes += state_bytes(state);
+        return bytes;
+    }
+    /// Memory for `rows` rows per head, so that later decode steps allocate nothing.
+    void reserve(std::size_t rows) {
+        for (State& state : live_.states) reserve_state(state, rows);
+        decision_.reserve(rows);
+        plan_.reserve(decides_at_end() ? shape().heads() : shape().kv_heads, rows);
+    }
+
+    /// Gives scratch and unused state memory back to the allocator. Ends the last plan.
+    void trim() {
+        for (State& state : live_.states) shrink_state(state);
+        decision_.trim();
+        plan_ = {};
+    }
+
+    /// Keeps positions `begin .. end - 1` for good, before all else and within the budget.
+    /// @throws config_error if pinned rows would exceed a head's budget; it states the minimum.
+    void pin(position_t begin, position_t end) {
+        detail::check<error::shape_error>(begin >= 0, "Evictor::pin", "begin", begin, "at least 0");
+        detail::check<error::shape_error>(begin < end, "Evictor::pin", "end", end,
+                                          detail::text("beyond begin = ", begin));
+        std::vector<PositionRange> pinned;
+        for (const PositionRange& range : live_.pinned) {
+            if (range.end < begin || end < range.begin) {
+                pinned.push_back(range);
+            } else {  // one range out of two, so that no row counts twice
+                begin = std::min(begin, range.begin);
+                end = std::max(end, range.end);
+            }
+        }
+        pinned.push_back({begin, end});
+        if (live_.resolved) decision_.check_pins(pinned, live_.sizes);
+        live_.pinned = std::move(pinned);
+    }
+
+    /// A prompt follows, in one or more calls. `total`: its tokens, if known; a ratio of it then holds from
+    /// the first chunk on, and layers decide as soon as their last row is in. Also for later turns.
+    /// @throws config_error for a ratio of an unknown total if the policy evicts between chunks.
+    void begin_prompt(std::optional<std::size_t> total = std::nullopt) {
+        require_idle("Evictor::begin_prompt");
+        if (decision_.budget.ratio != 0.0) {
+            if (total)
+                decision_.resolve(live_, budget_tokens(decision_.budget, live_.seen + *total),
+                                  live_.seen + *total);
+            else
+                detail::check<error::config_error>(!decision_.may_fall_due(Phase::prompt, false),
+                                                   "Evictor::begin_prompt", "total", "unknown",
+                                                   "the prompt's tokens (the budget is a ratio)");
+        }
+        live_.phase = Phase::prompt;
+        live_.prompt_end = total ? live_.seen + *total : unlimited;
+        std::fill(live_.decided.begin(), live_.decided.end(), std::uint8_t{0});
+    }
+
+    /// New tokens of one layer enter: their state begins. `step` does it itself unless a policy takes side
+    /// values.
+    void admit(std::size_t layer, std::size_t tokens, const AppendInputs& inputs = {}) {
+        check_admit("Evictor::admit", layer, tokens, inputs);
+        const std::size_t first = flat(layer, 0);
+        try {
+            for (std::size_t h = 0; h < shape().kv_heads; ++h) {
+                resize_state(live_.states[first + h], live_.rows[first + h] + tokens);
+                if constexpr (SideInput<P>) {
+                    HeadInputs side{.first_row = live_.rows[first + h], .layer = layer, .head = h};
+                    if (!inputs.log_beta.empty()) side.log_beta = inputs.log_beta[h];
+                    side.attention_input = inputs.attention_input;
+                    policy().admit(live_.states[first + h], side);
+                }
+            }
+        } catch (...) {
+            for (std::size_t h = 0; h < shape().kv_heads; ++h)
+                resize_state(live_.states[first + h], live_.rows[first + h]);
+            throw;
+        }
+        for (std::size_t h = 0; h < shape().kv_heads; ++h) live_.rows[first + h] += tokens;
+        live_.admitted[layer] = 1;
+        live_.call_tokens = tokens;
+    }
+    /// The checks of `admit` alone, for callers that change other things first.
+    void check_admit(std::string_view where, std::size_t layer, std::size_t tokens,
+                     const AppendInputs& inputs) const {
+        check_layer(where, layer);
+        detail::check<error::state_error>(live_.admitted[layer] == 0, where, detail::text("layer ", layer),
+                                          "already in this step", "end_step first");
+        detail::check<error::shape_error>(tokens > 0, where, "tokens", tokens, "at least 1");
+        if (live_.call_tokens != 0) detail::check_size(where, "tokens", tokens, live_.call_tokens);
+        detail::check<error::state_error>(
+            live_.resolved || decision_.budget.ratio == 0.0 || live_.phase == Phase::prompt, where, "budget",
+            "a ratio of a prompt that was not given", "begin_prompt first");
+        if (live_.phase == Phase::prompt && live_.prompt_end != unlimited)
+            detail::check<error::shape_error>(
+                tokens <= live_.prompt_end - live_.seen, where, "tokens", tokens,
+                detail::text("at most the ", live_.prompt_end - live_.seen, " left of the prompt's total"));
+        if constexpr (SideInput<P>) {
+            const bool beta = static_cast<Side>(P::side) == Side::log_beta;
+            const MatrixView<const float>& given = beta ? inputs.log_beta : inputs.attention_input;
+            const std::string_view name = beta ? "log_beta" : "attention_input";
+            detail::check<error::state_error>(!given.empty(), where, name, "missing",
+                                              detail::text("given with the tokens: ", P::name, " needs it"));
+            detail::check_size(where, detail::text(name, ".rows"), given.rows,
+                               beta ? shape().kv_heads : tokens);
+            if (beta) detail::check_size(where, detail::text(name, ".cols"), given.cols, tokens);
+        }
+    }
+
+    /// One layer's call: c query tokens over its cached rows, the newest c of which are their own.
+    /// @param cached [kv_heads], rows as left by the last plan plus the new ones at the end.
+    /// @param q      [q_heads, c, head_dim], rotated like the keys. @param out [q_heads, c, value_dim] or
+    /// empty.
+    /// @returns the layer's plan, empty if nothing goes.
+    const Plan& step(std::size_t layer, LayerView cached, HeadsView<const float> q,
+                     HeadsView<float> out = {}) {
+        constexpr std::string_view where = "Evictor::step";
+        check_layer(where, layer);
+        detail::check<error::state_error>(live_.stepped[layer] == 0, where, detail::text("layer ", layer),
+                                          "already in this step", "end_step first");
+        const bool admitted = live_.admitted[layer] != 0;
+        if (!admitted) check_admit(where, layer, q.tokens, {});
+        detail::check_heads(where, "q", q, shape().q_heads, admitted ? live_.call_tokens : q.tokens,
+                            shape().head_dim);
+        if (!out.empty()) detail::check_heads(where, "out", out, shape().q_heads, q.tokens, shape().values());
+        check_cached(where, layer, cached, admitted ? 0 : q.tokens);
+        position_t previous = 0;
+        for (std::size_t h = 0; h < shape().kv_heads; ++h) {
+            const PositionsView positions = cached[h].position;
+            previous = live_.next_position - 1;
+            for (std::size_t i = positions.size() - q.tokens; i < positions.size(); ++i) {
+                detail::check<error::shape_error>(positions[i] > previous, where,
+                                                  detail::text("cached[", h, "].position of a new row"),
+                                                  positions[i], detail::text("beyond ", previous));
+                previous = positions[i];
+                const PositionsView others = cached[0].position;
+                detail::check_size(where, detail::text("cached[", h, "].position of a new row"), previous,
+                                   others[others.size() - positions.size() + i]);
+            }
+        }
+        if (live_.call_next != live_.next_position)  // an earlier layer of this call
+            detail::check_size(where, "position of the newest row", previous, live_.call_next - 1);
+        if (!admitted) admit(layer, q.tokens);
+
+        const Needs needs = policy().needs(live_.phase);
+        decision_.workers.for_each_head(shape().kv_heads, [&](std::size_t h, detail::TileScratch& scratch) {
+            HeadStep head = decision_.head_step(live_, flat(layer, h), cached[h], scratch);
+            head.added = q.tokens;
+            head.next_position = previous + 1;
+            detail::for_each_tile(
+                head, q, h * shape().group(), true, out, needs, scratch,
+                [&](const HeadStep& tile) { policy().observe(live_.states[flat(layer, h)], tile); });
+        });
+        live_.stepped[layer] = 1;
+        live_.call_next = previous + 1;
+        if (live_.phase == Phase::decode) live_.since[layer] += q.tokens;
+        plan_.clear();
+        if (!decides_late<P> && !decision_.pools_model())
+            decide(decision_.layer(layer), cached, moment_after(q.tokens));
+        live_.commit(plan_);
+        return plan_;
+    }
+
+    /// After the last layer. `cached` (all layers) is needed by policies that decide here; others may leave
+    /// it out.
+    const Plan& end_step(CacheView cached = {}, const StepInputs& inputs = {}) {
+        constexpr std::string_view where = "Evictor::end_step";
+        for (std::size_t layer = 0; layer < shape().layers; ++layer)
+            detail::check<error::state_error>(live_.stepped[layer] != 0, where, detail::text("layer ", layer),
+                                              "not stepped", "every layer once before end_step");
+        if (!inputs.tokens.empty())
+            detail::check_size(where, "inputs.tokens.size()", inputs.tokens.size(), live_.call_tokens);
+        if (!inputs.hidden.empty())
+            detail::check_size(where, "inputs.hidden.rows", inputs.hidden.rows, live_.call_tokens);
+        if (decides_at_end()) check_all(where, cached);
+        if constexpr (SequenceState<P>) policy().end_step(live_.sequence, inputs);
+        live_.seen += live_.call_tokens;
+        live_.next_position = live_.call_next;
+        live_.call_tokens = 0;
+        std::fill(live_.stepped.begin(), live_.stepped.end(), std::uint8_t{0});
+        std::fill(live_.admitted.begin(), live_.admitted.end(), std::uint8_t{0});
+        plan_.clear();
+        if (decides_at_end()) decide_all(cached, live_.seen == live_.prompt_end);
+        return plan_;
+    }
+
+    /// The prompt is complete. Policies that act at its end do so here, unless a known total let them act
+    /// before.
+    const Plan& end_prompt(CacheView cached) {
+        constexpr std::string_view where = "Evictor::end_prompt";
+        require_idle(where);
+        detail::check<error::state_error>(live_.phase == Phase::prompt, where, "phase", "not a prompt",
+                                          "begin_prompt first");
+        if (live_.prompt_end != unlimited)
+            detail::check<error::state_error>(live_.seen == live_.prompt_end, where, "tokens seen",
+                                              live_.seen, live_.prompt_end);
+        check_all(where, cached);
+        if (decision_.budget.ratio != 0.0 && live_.prompt_end == unlimited && live_.seen > 0)
+            decision_.resolve(live_, budget_tokens(decision_.budget, live_.seen), live_.seen);
+        plan_.clear();
+        if (!Lookahead<P> && live_.seen > 0) decide_all(cached, true);
+        live_.phase = Phase::decode;
+        live_.prompt_end = unlimited;
+        std::fill(live_.since.begin(), live_.since.end(), std::size_t{0});
+        return plan_;
+    }
+
+    /// Evicts before the next `tokens` tokens, so that no head exceeds its budget with them.
+    /// @throws shape_error if they do not fit at all, state_error under `hold`.
+    const Plan& make_room(CacheView cached, std::size_t tokens) {
+        constexpr std::string_view where = "Evictor::make_room";
+        require_idle(where);
+        check_all(where, cached);
+        detail::check<error::state_error>(!live_.hold, where, "hold", "on", "off");
+        for (const std::size_t size : live_.sizes)
+            detail::check<error::shape_error>(tokens <= size, where, "tokens", tokens,
+                                              detail::text("at most the budget ", size));
+        plan_.clear();
+        if (!decision_.never) choose_where_over(cached, tokens);
+        live_.commit(plan_);
+        return plan_;
+    }
+
+    /// Query rows that attend to the cached rows and to their own keys before them, and are not kept.
+    /// @param k, v [kv_heads, c, dim] @param out as in `step`. A policy whose `needs(Phase::probe).rows` is
+    /// not 0 observes every row, with attention over the cached rows alone, and may evict here.
+    const Plan& probe(std::size_t layer, LayerView cached, HeadsView<const float> q, HeadsView<const float> k,
+                      HeadsView<const float> v, HeadsView<float> out) {
+        constexpr std::string_view where = "Evictor::probe";
+        require_idle(where);
+        check_layer(where, layer);
+        detail::check<error::shape_error>(q.tokens > 0, where, "q.tokens", q.tokens, "at least 1");
+        detail::check_heads(where, "q", q, shape().q_heads, q.tokens, shape().head_dim);
+        detail::check_heads(where, "k", k, shape().kv_heads, q.tokens, shape().head_dim);
+        detail::check_heads(where, "v", v, shape().kv_heads, q.tokens, shape().values());
+        detail::check_heads(where, "out", out, shape().q_heads, q.tokens, shape().values());
+        check_cached(where, layer, cached, 0);
+        const Needs asked = policy().needs(Phase::probe);
+        const Needs all{.rows = all_rows, .attention = true, .logits = asked.logits, .output = true};
+        decision_.workers.for_each_head(shape().kv_heads, [&](std::size_t h, detail::TileScratch& scratch) {
+            HeadStep head = decision_.head_step(live_, flat(layer, h), cached[h], scratch);
+            head.phase = Phase::probe;
+            detail::for_each_tile(head, q, h * shape().group(), false, {}, all, scratch,
+                                  [&](const HeadStep& tile) {
+                                      probe_output(tile, h, k, v, out, scratch);
+                                      if (asked.rows > 0)
+                                          policy().observe(live_.states[flat(layer, h)], tile);
+                                  });
+        });
+        plan_.clear();
+        if (!decides_late<P> && !decision_.pools_model())
+            decide(decision_.layer(layer), cached, {.phase = Phase::probe, .seen = live_.seen});
+        live_.commit(plan_);
+        return plan_;
+    }
+
+    /// Takes back the last `tokens` positions. Rows and their state go; what the taken rows gave others stays
+    /// (`mark` and `rollback` of a cache restore that too).
+    const Plan& truncate(CacheView cached, std::size_t tokens) {
+        constexpr std::string_view where = "Evictor::truncate";
+        require_idle(where);
+        check_all(where, cached);
+        detail::check<error::shape_error>(tokens <= live_.seen, where, "tokens", tokens,
+                                          detail::text("at most the ", live_.seen, " seen"));
+        const position_t end = live_.next_position - static_cast<position_t>(tokens);
+        plan_.clear();
+        for (std::size_t i = 0; i < cached.heads.size(); ++i) {
+            kept_.clear();
+            for (std::size_t j = 0; j < live_.rows[i]; ++j)
+                if (cached.heads[i].position[j] < end) kept_.push_back(static_cast<index_t>(j));
+            plan_.add(i / shape().kv_heads, i % shape().kv_heads, live_.rows[i], kept_, decision_.compaction);
+        }
+        std::vector<std::size_t> since = live_.since;  // taking tokens back is no eviction
+        for (std::size_t& count : since) count -= std::min(count, tokens);
+        live_.commit(plan_);
+        live_.since.swap(since);
+        live_.seen -= tokens;
+        live_.next_position = live_.call_next = end;
+        return plan_;
+    }
+
+    /// What a decision would do now with `size` rows per head, without doing it: for forks.
+    const Plan& propose(CacheView cached, std::size_t size) {
+        constexpr std::string_view where = "Evictor::propose";
+        require_idle(where);
+        check_all(where, cached);
+        std::vector<std::size_t> sizes(shape().heads(), size);
+        std::swap(sizes, live_.sizes);
+        plan_.clear();
+        try {
+            choose_where_over(cached, 0);
+        } catch (...) {
+            std::swap(sizes, live_.sizes);
+            throw;
+        }
+        std::swap(sizes, live_.sizes);
+        return plan_;
+    }
+    /// The states follow a plan that `propose` made.
+    void commit(const Plan& plan) noexcept { live_.commit(plan); }
+
+    /// Scores one layer by query rows given now, and evicts down to the budget: the last act of a look-ahead.
+    /// @param q [q_heads, R, head_dim]
+    const Plan& rescore(std::size_t layer, LayerView cached, HeadsView<const float> q) requires Lookahead<P> {
+        constexpr std::string_view where = "Evictor::rescore";
+        require_idle(where);
+        check_layer(where, layer);
+        detail::check<error::shape_error>(q.tokens > 0, where, "q.tokens", q.tokens, "at least 1");
+        detail::check_heads(where, "q", q, shape().q_heads, q.tokens, shape().head_dim);
+        check_cached(where, layer, cached, 0);
+        plan_.clear();
+        const auto span = decision_.layer(layer);
+        if (!live_.hold && decision_.over(live_, span, 0))
+            decision_.choose(live_, span, cached, live_.phase, 0, plan_, q);
+        live_.commit(plan_);
+        return plan_;
+    }
+
+    /// The policy's score of every row of one head, as the next decision would see it; out[n].
+    void scores(std::size_t layer, std::size_t head, const HeadView& cached, std::span<float> out) {
+        check_head("Evictor::scores", layer, head);
+        detail::check_size("Evictor::scores", "out.size()", out.size(), live_.rows[flat(layer, head)]);
+        detail::check_size("Evictor::scores", "cached.rows()", cached.rows(), out.size());
+        detail::TileScratch& scratch = decision_.workers.scratch_of(0);
+        decision_.score(live_, flat(layer, head),
+                        decision_.head_step(live_, flat(layer, head), cached, scratch), {}, 0, scratch, out);
+    }
+
+    /// Whether `end_step` takes the decisions, so that it needs views of all layers.
+    [[nodiscard]] bool decides_at_end() const {
+        return !Lookahead<P> && (SequenceState<P> || decision_.pools_model());
+    }
+    /// Whether head `index` (layer * kv_heads + head) might evict in a call that brings `coming` rows.
+    [[nodiscard]] bool may_evict(std::size_t index, std::size_t coming) const {
+        if (Lookahead<P> || live_.hold || !decision_.falls_due[static_cast<std::size_t>(live_.phase)])
+            return false;
+        if constexpr (HeadBudgetRule<Rule>)
+            if (live_.phase == Phase::prompt) return true;  // its size may become smaller
+        return decision_.scope() == Scope::layer_pooled || decision_.pools_model() ||
+               live_.rows[index] + coming > live_.sizes[index];
+    }
+    /// Rows that head `index` will hold once its layer has made the step that brings `coming` rows.
+    [[nodiscard]] std::size_t rows_after(std::size_t index, std::size_t coming) const {
+        const std::size_t rows = live_.rows[index] + coming, layer = index / shape().kv_heads;
+        const bool by_itself = decision_.scope() == Scope::head || decision_.scope() == Scope::layer_shared;
+        if (!by_itself || HeadBudgetRule<Rule> || decides_late<P> || rows <= live_.sizes[index]) return rows;
+        const Moment moment = moment_after(coming);
+        return pauses(layer, moment) || !decision_.due_now(live_, decision_.layer(layer), moment, coming)
+                   ? rows
+                   : live_.sizes[index];
+    }
+
+  private:
+    [[nodiscard]] std::size_t flat(std::size_t layer, std::size_t head) const noexcept {
+        return layer * shape().kv_heads + head;
+    }
+    // --- checks
+    // ---------------------------------------------------------------------------------------------
+    void check_layer(std::string_view where, std::size_t layer) const {
+        detail::check<error::shape_error>(layer < shape().layers, where, "layer", layer,
+                                          detail::text("below ", shape().layers));
+    }
+    void check_head(std::string_view where, std::size_t layer, std::size_t head) const {
+        check_layer(where, layer);
+        detail::check<error::shape_error>(head < shape().kv_heads, where, "head", head,
+                                          detail::text("below ", shape().kv_heads));
+    }
+    void require_idle(std::string_view where) const {
+        detail::check<error::state_error>(live_.call_tokens == 0, where, "call", "inside a step",
+                                          "after end_step");
+    }
+    void check_cached(std::string_view where, std::size_t layer, LayerView cached, std::size_t added) const {
+        using detail::text;
+        detail::check_size(where, "cached.size()", cached.size(), shape().kv_heads);
+        for (std::size_t h = 0; h < shape().kv_heads; ++h) {
+            const HeadView& head = cached[h];
+            const std::size_t rows = live_.rows[flat(layer, h)] + added;
+            detail::check_size(where, text("cached[", h, "].k.rows()"), head.k.rows(), rows);
+            detail::check_size(where, text("cached[", h, "].v.rows()"), head.v.rows(), rows);
+            detail::check_size(where, text("cached[", h, "].position.size()"), head.position.size(), rows);
+            detail::check_size(where, text("cached[", h, "].k.dim()"), head.k.dim(), shape().head_dim);
+            detail::check_size(where, text("cached[", h, "].v.dim()"), head.v.dim(), shape().values());
+            detail::check_readable(where, text("cached[", h, "].k.dtype()"), head.k);
+            detail::check_readable(where, text("cached[", h, "].v.dtype()"), head.v);
+        }
+    }
+    void check_all(std::string_view where, CacheView cached) const {
+        detail::check_size(where, "cached.kv_heads", cached.kv_heads, shape().kv_heads);
+        detail::check_size(where, "cached.heads.size()", cached.heads.size(), shape().heads());
+        for (std::size_t layer = 0; layer < shape().layers; ++layer)
+            check_cached(where, layer, cached.layer(layer), 0);
+    }
+
+    /// Adds what one span keeps to the plan, if it is time.
+    void decide(typename detail::Decision<P, Rule>::Span span, std::span<const HeadView> views,
+                const Moment& moment) {
+        const std::size_t layer = span.first / shape().kv_heads;
+        if (pauses(layer, moment)) return;
+        if (decision_.due_now(live_, span, moment))
+            decision_.choose(live_, span, views, moment.phase, 0, plan_);
+        if (moment.prompt_end) live_.decided[layer] = 1;
+    }
+    /// Whether nothing is decided at such a moment, however many rows there are.
+    [[nodiscard]] bool pauses(std::size_t layer, const Moment& moment) const {
+        return decision_.never || live_.hold || (moment.phase == Phase::prompt && live_.decided[layer] != 0);
+    }
+    /// The end of a layer's call of `tokens` tokens.
+    [[nodiscard]] Moment moment_after(std::size_t tokens) const {
+        return {.phase = live_.phase,
+                .prompt_end = live_.seen + tokens == live_.prompt_end,
+                .seen = live_.seen + tokens};
+    }
+    void decide_all(CacheView cached, bool prompt_end) {
+        const Moment moment{.phase = live_.phase, .prompt_end = prompt_end, .seen = live_.seen};
+        decision_.for_each_span(
+            [&](auto span) { decide(span, cached.heads.subspan(span.first, span.count), moment); });
+        live_.commit(plan_);
+    }
+    void choose_where_over(CacheView cached, std::size_t coming) {
+        decision_.for_each_span([&](auto span) {
+            if (decision_.over(live_, span, coming))
+                decision_.choose(live_, span, cached.heads.subspan(span.first, span.count), live_.phase,
+                                 coming, plan_);
+        });
+    }
+
+    /// Output of a tile of probe rows: attention over the cached rows, merged with that over their own keys.
+    void probe_output(const HeadStep& tile, std::size_t h, const HeadsView<const float>& k,
+                      const HeadsView<const float>& v, const HeadsView<float>& out,
+                      detail::TileScratch& scratch) const {
+        const std::size_t c = k.tokens, values = shape().values(), rows = tile.q.rows;
+        std::vector<Visible> visible(rows);
+        for (std::size_t r = 0; r < rows; ++r) visible[r] = {0, 0, tile.first + r % tile.tokens + 1};
+        float* const memory = scratch.score.get(rows * (c + values + 1));
+        const AttentionRows own{.attention = {memory, rows, c},
+                                .lse = {memory + rows * c, rows},
+                                .output = {memory + rows * (c + 1), rows, values}};
+        attend(*decision_.workers.kernels, tile.q, {k.row(h, 0), c, k.dim, k.token_stride},
+               {v.row(h, 0), c, v.dim, v.token_stride}, visible, tile.scale, own);
+        for (std::size_t r = 0; r < rows; ++r) {
+            merge(own.output[r], own.lse[r], tile.output[r], tile.lse[r]);
+            const auto row = own.output[r];
+            std::copy(row.begin(), row.end(),
+                      out.row(h * tile.group + r / tile.tokens, tile.first + r % tile.tokens));
+        }
+    }
+
+    detail::Decision<P, Rule> decision_;
+    Live<P> live_;
+    Plan plan_;
+    std::vector<index_t> kept_;
+};
+
+}  // namespace kvcull::inline KVCULL_ABI

@@ -1,0 +1,403 @@
+#pragma once
+/// KVCache: block storage and an evictor. Append, attend, end the step; the budget holds by itself.
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "blocks.hpp"
+#include "evictor.hpp"
+#include "storage.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// Names a state of one cache that `rollback` restores.
+struct Mark {
+    std::size_t serial = 0;
+};
+
+/// The cache of one sequence, all layers and KV heads. One thread at a time; caches on one pool run in
+/// parallel.
+///
+///     BlockPool pool({.bytes = 1 << 30});
+///     KVCache cache(shape, SnapKV{.window = 32}, Budget{.tokens = 1024}, pool);
+///     cache.begin_prompt(total);
+///     for (chunk ..) { for (layer ..) { cache.append(layer, k, v); cache.attend(layer, q, out); }
+///     cache.end_step(); } cache.end_prompt(); for (token ..) { for (layer ..) { cache.append(layer, k, v);
+///     cache.attend(layer, q, out); } cache.end_step(); }
+///
+/// Every call checks its arguments and reserves its memory before anything changes: when it throws, the cache
+/// is as it was. Keys come rotated and keep their rotation: positions are absolute.
+template <Policy P, BudgetRule Rule = Uniform>
+class KVCache {
+  public:
+    /// @throws config_error if shape, policy, budget or their combination is not valid.
+    KVCache(CacheShape shape, P policy, Budget budget, BlockPool& pool, Rule rule = {})
+        : KVCache(nullptr, pool, shape, std::move(policy), budget, std::move(rule)) {}
+    /// On a pool of its own, without a limit.
+    explicit KVCache(CacheShape shape, P policy = {}, Budget budget = {}, Rule rule = {})
+        : KVCache(std::make_shared<BlockPool>(), shape, std::move(policy), budget, std::move(rule)) {}
+
+    KVCache(KVCache&&) noexcept = default;
+    KVCache& operator=(KVCache&&) = delete;
+    ~KVCache() = default;
+
+    [[nodiscard]] const CacheShape& shape() const noexcept { return evictor_.shape(); }
+    [[nodiscard]] const P& policy() const noexcept { return evictor_.policy(); }
+    [[nodiscard]] const Evictor<P, Rule>& evictor() const noexcept { return evictor_; }
+    [[nodiscard]] BlockPool& pool() const noexcept { return *pool_; }
+    /// Tokens of the sequence so far, evicted ones included: the next token's position.
+    [[nodiscard]] std::size_t seen() const noexcept { return evictor_.seen(); }
+    [[nodiscard]] std::size_t rows(std::size_t layer, std::size_t head) const {
+        return storage_.rows(checked("KVCache::rows", layer, head));
+    }
+    /// Rows of one head in slot order, which need not be the order of positions. Valid until the next change.
+    [[nodiscard]] HeadView view(std::size_t layer, std::size_t head) const {
+        return storage_.view(checked("KVCache::view", layer, head));
+    }
+    /// Positions that one head holds, ascending.
+    [[nodiscard]] std::vector<position_t> positions(std::size_t layer, std::size_t head) const {
+        const PositionsView held = view(layer, head).position;
+        std::vector<position_t> positions(held.size());
+        for (std::size_t j = 0; j < held.size(); ++j) positions[j] = held[j];
+        std::sort(positions.begin(), positions.end());
+        return positions;
+    }
+    /// The policy's score of every row of one head, in slot order.
+    [[nodiscard]] std::vector<float> scores(std::size_t layer, std::size_t head) {
+        std::vector<float> scores(rows(layer, head));
+        evictor_.scores(layer, head, view(layer, head), scores);
+        return scores;
+    }
+
+    /// Bytes allocated: blocks of this cache and of its marks, each once, spare blocks and policy state.
+    /// Blocks that a fork shares count in both.
+    [[nodiscard]] std::size_t bytes() const {
+        if (marks_.empty()) return storage_.bytes() + evictor_.bytes();
+        distinct_.clear();
+        storage_.collect_blocks(distinct_);
+        for (const Saved& mark : marks_) mark.storage.collect_blocks(distinct_);
+        std::sort(distinct_.begin(), distinct_.end());
+        const auto end = std::unique(distinct_.begin(), distinct_.end());
+        return static_cast<std::size_t>(end - distinct_.begin()) * storage_.layout().block_bytes() +
+               evictor_.bytes();
+    }
+    /// The most that `bytes()` has been, within steps too.
+    [[nodiscard]] std::size_t peak_bytes() const noexcept { return peak_; }
+    /// Bytes of rows that compaction has moved so far.
+    [[nodiscard]] std::size_t bytes_moved() const noexcept { return storage_.bytes_moved(); }
+
+    /// Takes the blocks and scratch for `rows` rows per head now: until then no step allocates or fails.
+    /// @throws capacity_error if the pool cannot give them.
+    void reserve(std::size_t rows) {
+        const std::size_t blocks = shape().heads() * storage_.layout().blocks_for(rows);
+        const std::size_t spares = storage_.spares();
+        storage_.reserve_spares(blocks - std::min(blocks, table_blocks()));
+        undo_spares_on_error(spares, [&] {
+            storage_.reserve_rows(rows);
+            evictor_.reserve(rows);
+            positions_.reserve(1);
+        });
+        reserved_ = std::max(reserved_, blocks);
+        reserved_rows_ = std::max(reserved_rows_, rows);
+        note_peak();
+    }
+    /// Gives spare blocks back, scratch and unused state to the allocator, and the pool's free memory to the
+    /// system. Undoes `reserve`.
+    void trim() {
+        require_idle("KVCache::trim");
+        reserved_ = reserved_rows_ = 0;
+        storage_.release_spares(0);
+        evictor_.trim();
+        pool_->trim();
+    }
+    /// Heads of a layer run on the caller's threads. Default: one after the other.
+    void set_executor(Executor executor) { evictor_.set_executor(std::move(executor)); }
+    /// For differential tests and measurements; default: the best of this machine.
+    void set_kernels(const simd::Kernels& kernels) noexcept { evictor_.set_kernels(kernels); }
+
+    /// See Evictor::begin_prompt.
+    void begin_prompt(std::optional<std::size_t> total = std::nullopt) { evictor_.begin_prompt(total); }
+
+    /// New rows of one layer. The first append of a step reserves what the whole step can need.
+    /// @param k [kv_heads, c, head_dim], rotated. @param v [kv_heads, c, value_dim].
+    /// @throws shape_error, state_error, capacity_error; the cache is then as it was.
+    void append(std::size_t layer, HeadsView<const float> k, HeadsView<const float> v,
+                const AppendInputs& inputs = {}) {
+        constexpr std::string_view where = "KVCache::append";
+        const std::size_t c = k.tokens;
+        evictor_.check_admit(where, layer, c, inputs);
+        detail::check_heads(where, "k", k, shape().kv_heads, c, shape().head_dim);
+        detail::check_heads(where, "v", v, shape().kv_heads, c, shape().values());
+        const std::size_t spares = storage_.spares();
+        if (evictor_.live().call_tokens == 0) {
+            set_positions(c, inputs.positions);
+            reserve_step(c);
+        } else if (!inputs.positions.empty()) {
+            detail::check<error::shape_error>(std::equal(positions_.begin(), positions_.end(),
+                                                         inputs.positions.begin(), inputs.positions.end()),
+                                              where, "inputs.positions", "another list",
+                                              "that of the step's first layer");
+        }
+        undo_spares_on_error(spares, [&] {
+            // Nothing to do unless eviction was put on hold since the step began.
+            storage_.reserve_spares(demand(layer, c).takes);
+            evictor_.admit(layer, c, inputs);
+        });
+        for (std::size_t h = 0; h < shape().kv_heads; ++h)
+            storage_.append(flat(layer, h), c, k.row(h, 0), k.token_stride, v.row(h, 0), v.token_stride,
+                            positions_.data());
+        note_peak();
+    }
+
+    /// Attention of the rows just appended over all that the layer holds; then the layer may evict.
+    /// @param q [q_heads, c, head_dim], rotated. @param out [q_heads, c, value_dim]
+    void attend(std::size_t layer, HeadsView<const float> q, HeadsView<float> out) {
+        constexpr std::string_view where = "KVCache::attend";
+        detail::check<error::shape_error>(layer < shape().layers, where, "layer", layer,
+                                          detail::text("below ", shape().layers));
+        detail::check<error::state_error>(evictor_.live().admitted[layer] != 0, where,
+                                          detail::text("layer ", layer), "without new rows", "append first");
+        detail::check<error::shape_error>(!out.empty(), where, "out.data", "null", "a pointer");
+        apply(evictor_.step(layer, layer_view(layer), q, out));
+    }
+
+    /// After the last layer. Policies that see the whole step decide here; they say which inputs they need.
+    void end_step(const StepInputs& inputs = {}) {
+        apply(evictor_.end_step(evictor_.decides_at_end() ? view() : CacheView{}, inputs));
+        release_spares();
+    }
+    /// After the last chunk: policies that act at the prompt's end do so here at the latest.
+    void end_prompt() {
+        rewrite([&]() -> const Plan& { return evictor_.end_prompt(view()); });
+    }
+
+    /// Pauses eviction, for questions asked of a compressed prompt.
+    void hold(bool on) { evictor_.hold(on); }
+    /// See Evictor::pin.
+    void pin(position_t begin, position_t end) { evictor_.pin(begin, end); }
+    /// Evicts now, so that the next `tokens` tokens exceed no budget.
+    void make_room(std::size_t tokens) {
+        rewrite([&]() -> const Plan& { return evictor_.make_room(view(), tokens); });
+    }
+    /// Drops the last `tokens` tokens. See Evictor::truncate.
+    void truncate(std::size_t tokens) {
+        rewrite([&]() -> const Plan& { return evictor_.truncate(view(), tokens); });
+    }
+    /// See Evictor::probe.
+    void probe(std::size_t layer, HeadsView<const float> q, HeadsView<const float> k,
+               HeadsView<const float> v, HeadsView<float> out) {
+        detail::check<error::shape_error>(layer < shape().layers, "KVCache::probe", "layer", layer,
+                                          detail::text("below ", shape().layers));
+        rewrite([&]() -> const Plan& { return evictor_.probe(layer, layer_view(layer), q, k, v, out); });
+    }
+    /// See Evictor::rescore: evicts one layer by look-ahead queries.
+    void rescore(std::size_t layer, HeadsView<const float> q) requires Lookahead<P> {
+        detail::check<error::shape_error>(layer < shape().layers, "KVCache::rescore", "layer", layer,
+                                          detail::text("below ", shape().layers));
+        rewrite([&]() -> const Plan& { return evictor_.rescore(layer, layer_view(layer), q); });
+    }
+
+    /// Remembers rows, positions, policy state and statistics. Shares blocks: costs tables and state, not
+    /// rows.
+    [[nodiscard]] Mark mark() {
+        require_idle("KVCache::mark");
+        marks_.push_back({next_mark_, storage_, evictor_.live()});
+        return {next_mark_++};
+    }
+    /// Back to the mark, bit for bit, from within a step too. The mark stays.
+    void rollback(Mark mark) {
+        const Saved& saved = *find("KVCache::rollback", mark);
+        Storage storage(saved.storage);
+        storage.reserve_rows(reserved_rows_);
+        Live<P> live(saved.live);
+        for (auto& state : live.states) reserve_state(state, reserved_rows_);
+        evictor_.restore(std::move(live));
+        storage_ = std::move(storage);
+    }
+    /// Forgets a mark and frees what only it held.
+    void release(Mark mark) { marks_.erase(find("KVCache::release", mark)); }
+
+    /// The same cache once more; blocks are shared until one of the two writes to them. Marks stay behind.
+    [[nodiscard]] KVCache fork() const {
+        require_idle("KVCache::fork");
+        return KVCache(*this);
+    }
+    /// What a decision would keep now with `size` rows per head; nothing changes. Valid until the next call.
+    [[nodiscard]] const Plan& propose(std::size_t size) { return evictor_.propose(view(), size); }
+    /// A compacted copy: the fork holds what `plan` keeps, this cache stays as it is.
+    /// @throws shape_error if the plan was made for other rows.
+    [[nodiscard]] KVCache fork(const Plan& plan) const {
+        KVCache copy = fork();
+        for (std::size_t i = 0; i < plan.size(); ++i)
+            detail::check_size("KVCache::fork", detail::text("plan[", i, "].rows"), plan[i].rows,
+                               rows(plan[i].layer, plan[i].head));
+        copy.rewrite([&]() -> const Plan& {
+            copy.evictor_.commit(plan);
+            return plan;
+        });
+        return copy;
+    }
+
+  private:
+    struct Saved {
+        std::size_t serial;
+        Storage storage;
+        Live<P> live;
+    };
+
+    KVCache(std::shared_ptr<BlockPool> own, BlockPool& pool, CacheShape shape, P policy, Budget budget,
+            Rule rule)
+        : own_(std::move(own)),
+          pool_(&pool),
+          evictor_(shape, std::move(policy), budget, std::move(rule)),
+          storage_(shape.heads(), {shape.head_dim, shape.values(), shape.dtype, pool.block_rows()}, pool),
+          views_(shape.heads()) {}
+    KVCache(std::shared_ptr<BlockPool> own, CacheShape shape, P policy, Budget budget, Rule rule)
+        : KVCache(own, *own, shape, std::move(policy), budget, std::move(rule)) {}
+    KVCache(const KVCache& other)
+        : own_(other.own_),
+          pool_(other.pool_),
+          evictor_(other.evictor_),
+          storage_(other.storage_),
+          views_(other.views_.size()),
+          peak_(bytes()) {}
+
+    [[nodiscard]] std::size_t flat(std::size_t layer, std::size_t head) const noexcept {
+        return layer * shape().kv_heads + head;
+    }
+    [[nodiscard]] std::size_t checked(std::string_view where, std::size_t layer, std::size_t head) const {
+        detail::check<error::shape_error>(layer < shape().layers, where, "layer", layer,
+                                          detail::text("below ", shape().layers));
+        detail::check<error::shape_error>(head < shape().kv_heads, where, "head", head,
+                                          detail::text("below ", shape().kv_heads));
+        return flat(layer, head);
+    }
+    void require_idle(std::string_view where) const {
+        detail::check<error::state_error>(evictor_.live().call_tokens == 0, where, "call", "inside a step",
+                                          "after end_step");
+    }
+    [[nodiscard]] LayerView layer_view(std::size_t layer) {
+        for (std::size_t h = 0; h < shape().kv_heads; ++h)
+            views_[flat(layer, h)] = storage_.view(flat(layer, h));
+        return std::span(views_).subspan(flat(layer, 0), shape().kv_heads);
+    }
+    [[nodiscard]] CacheView view() {
+        for (std::size_t i = 0; i < views_.size(); ++i) views_[i] = storage_.view(i);
+        return {views_, shape().kv_heads};
+    }
+    [[nodiscard]] std::size_t table_blocks() const noexcept {
+        return storage_.bytes() / storage_.layout().block_bytes() - storage_.spares();
+    }
+
+    void set_positions(std::size_t c, std::span<const position_t> given) {
+        const position_t next = evictor_.next_position();
+        if (!given.empty()) {
+            detail::check_size("KVCache::append", "inputs.positions.size()", given.size(), c);
+            position_t previous = next - 1;
+            for (const position_t position : given) {
+                detail::check<error::shape_error>(position > previous, "KVCache::append", "inputs.positions",
+                                                  position, detail::text("beyond ", previous));
+                previous = position;
+            }
+            positions_.assign(given.begin(), given.end());
+        } else {
+            positions_.resize(c);
+            std::iota(positions_.begin(), positions_.end(), next);
+        }
+    }
+    /// Blocks that one layer takes for `c` rows and the eviction that may follow, and those it gives back.
+    struct Demand {
+        std::size_t takes = 0, gives = 0;
+    };
+    [[nodiscard]] Demand demand(std::size_t layer, std::size_t c) const {
+        Demand sum;
+        for (std::size_t i = flat(layer, 0); i < flat(layer + 1, 0); ++i) {
+            sum.takes += storage_.blocks_needed(i, c, evictor_.may_evict(i, c));
+            sum.gives += storage_.blocks_freed(i, c, evictor_.rows_after(i, c));
+        }
+        return sum;
+    }
+    /// Blocks for the whole step, whatever the order of layers: what each keeps in the end, and what one of
+    /// them needs on top until it has evicted. So one layer is uncompressed at a time.
+    void reserve_step(std::size_t c) {
+        std::size_t kept = 0, passing = 0, rows = 0;
+        for (std::size_t layer = 0; layer < shape().layers; ++layer) {
+            const Demand one = demand(layer, c);
+            kept += one.takes - std::min(one.takes, one.gives);
+            passing = std::max(passing, std::min(one.takes, one.gives));
+        }
+        for (std::size_t i = 0; i < views_.size(); ++i) rows = std::max(rows, storage_.rows(i) + c);
+        storage_.reserve_rows(rows);
+        storage_.reserve_spares(kept + passing);
+        storage_.keep_freed(true);
+    }
+    /// Blocks for evictions that must copy shared ones.
+    void reserve_rewrite() {
+        std::size_t blocks = 0;
+        for (std::size_t i = 0; i < views_.size(); ++i) blocks += storage_.blocks_needed(i, 0, true);
+        storage_.reserve_spares(blocks);
+    }
+    void release_spares() noexcept {
+        storage_.keep_freed(false);
+        storage_.release_spares(reserved_ - std::min(reserved_, table_blocks()));
+    }
+    /// Runs `call`; if it throws, only `spares` spare blocks stay.
+    template <class Call>
+    decltype(auto) undo_spares_on_error(std::size_t spares, Call&& call) {
+        try {
+            return call();
+        } catch (...) {
+            storage_.release_spares(spares);
+            throw;
+        }
+    }
+    /// Carries out the plan that `call` returns, with blocks for what it may copy.
+    template <class Call>
+    void rewrite(Call&& call) {
+        const Plan& plan = undo_spares_on_error(storage_.spares(), [&]() -> const Plan& {
+            reserve_rewrite();
+            note_peak();
+            return call();
+        });
+        apply(plan);
+        release_spares();
+    }
+    void note_peak() { peak_ = std::max(peak_, bytes()); }
+    void apply(const Plan& plan) noexcept {
+        for (std::size_t i = 0; i < plan.size(); ++i)
+            storage_.apply(flat(plan[i].layer, plan[i].head), plan[i].moves, plan[i].keep.size());
+    }
+    [[nodiscard]] typename std::vector<Saved>::iterator find(std::string_view where, Mark mark) {
+        const auto found = std::find_if(marks_.begin(), marks_.end(),
+                                        [&](const Saved& saved) { return saved.serial == mark.serial; });
+        detail::check<error::state_error>(found != marks_.end(), where, "mark", mark.serial,
+                                          "a mark of this cache that was not released");
+        return found;
+    }
+
+    std::shared_ptr<BlockPool> own_;
+    BlockPool* pool_;
+    Evictor<P, Rule> evictor_;
+    Storage storage_;
+    std::vector<Saved> marks_;
+    std::vector<HeadView> views_;
+    std::vector<position_t> positions_;  // of the call that runs now
+    mutable std::vector<const std::byte*> distinct_;
+    std::size_t reserved_ = 0, reserved_rows_ = 0, peak_ = 0, next_mark_ = 0;
+};
+
+template <Policy P>
+KVCache(CacheShape, P, Budget, BlockPool&) -> KVCache<P>;
+template <Policy P>
+KVCache(CacheShape, P, Budget) -> KVCache<P>;
+template <Policy P>
+KVCache(CacheShape, P) -> KVCache<P>;
+
+}  // namespace kvcull::inline KVCULL_ABI

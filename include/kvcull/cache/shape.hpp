@@ -1,0 +1,67 @@
+#pragma once
+/// The shape of a cache, and what a call may bring beside keys and values.
+
+#include <cmath>
+#include <cstddef>
+#include <functional>
+#include <span>
+
+#include "../base/error.hpp"
+#include "../views.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// What all layers share. Query head h reads KV head h / (q_heads / kv_heads).
+struct CacheShape {
+    std::size_t layers = 0, q_heads = 0, kv_heads = 0, head_dim = 0;
+    std::size_t value_dim = 0;  // 0: head_dim
+    DType dtype = DType::f32;   // of cached rows: f32 or f16
+    float scale = 0.0F;         // of logits; 0: 1 / sqrt(head_dim)
+
+    [[nodiscard]] constexpr std::size_t group() const noexcept { return q_heads / kv_heads; }
+    [[nodiscard]] constexpr std::size_t heads() const noexcept { return layers * kv_heads; }
+    [[nodiscard]] constexpr std::size_t values() const noexcept {
+        return value_dim == 0 ? head_dim : value_dim;
+    }
+    [[nodiscard]] float logit_scale() const noexcept {
+        return scale != 0.0F ? scale : 1.0F / std::sqrt(static_cast<float>(head_dim));
+    }
+};
+
+/// What may come with the tokens of an append. All of it is optional unless a policy asks.
+struct AppendInputs {
+    std::span<const position_t> positions = {};    // [c] ascending, beyond all before; default: tokens seen
+    MatrixView<const float> log_beta = {};         // [kv_heads, c] (TRIM-KV)
+    MatrixView<const float> attention_input = {};  // [c, D]: what enters the q, k, v projections
+};
+
+/// Runs `body(0) .. body(count - 1)`, in any order and on any threads, and returns when all are done.
+using Executor = std::function<void(std::size_t count, const std::function<void(std::size_t)>& body)>;
+
+namespace detail {
+
+inline CacheShape checked(CacheShape shape) {
+    using error::config_error;
+    constexpr std::string_view where = "CacheShape";
+    check<config_error>(shape.layers > 0, where, "layers", shape.layers, "at least 1");
+    check<config_error>(shape.kv_heads > 0, where, "kv_heads", shape.kv_heads, "at least 1");
+    check<config_error>(shape.head_dim > 0, where, "head_dim", shape.head_dim, "at least 1");
+    check<config_error>(shape.q_heads > 0 && shape.q_heads % shape.kv_heads == 0, where, "q_heads",
+                        shape.q_heads, text("a multiple of kv_heads = ", shape.kv_heads));
+    check<config_error>(shape.dtype != DType::bf16, where, "dtype", name_of(shape.dtype), "f32 or f16");
+    check<config_error>(is_finite(shape.scale), where, "scale", shape.scale, "a finite number");
+    return shape;
+}
+
+template <class T>
+void check_heads(std::string_view where, std::string_view name, const HeadsView<T>& view, std::size_t heads,
+                 std::size_t tokens, std::size_t dim) {
+    check_size(where, text(name, ".heads"), view.heads, heads);
+    check_size(where, text(name, ".tokens"), view.tokens, tokens);
+    check_size(where, text(name, ".dim"), view.dim, dim);
+    check<error::shape_error>(view.data != nullptr, where, text(name, ".data"), "null", "a pointer");
+}
+
+}  // namespace detail
+
+}  // namespace kvcull::inline KVCULL_ABI

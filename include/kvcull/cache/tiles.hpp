@@ -1,0 +1,126 @@
+#pragma once
+/// Attention of one KV head's group in tiles of query tokens, so that attention [G * m, n] never exists
+/// whole.
+
+#include <algorithm>
+#include <cstddef>
+#include <functional>
+#include <vector>
+
+#include "../attention/attend.hpp"
+#include "../base/memory.hpp"
+#include "../score/concepts.hpp"
+#include "shape.hpp"
+
+namespace kvcull::inline KVCULL_ABI::detail {
+
+/// Scratch of one thread. Grows to the largest case and stays.
+struct TileScratch {
+    Scratch<float> q, attention, logits, output, lse, score, policy;
+    std::vector<Visible> visible;
+};
+
+/// What computes: kernels, the caller's threads, and scratch for each of them.
+struct Workers {
+    const simd::Kernels* kernels = &simd::kernels();
+    Executor executor;
+    std::vector<TileScratch> scratch;  // one, or one per head if an executor runs them side by side
+
+    /// `body(head, scratch)` for every head.
+    template <class Body>
+    void for_each_head(std::size_t count, Body&& body) {
+        scratch.resize(std::max(scratch.size(), executor ? count : std::size_t{1}));
+        const auto run = [&](std::size_t head) { body(head, scratch[executor ? head : 0]); };
+        if (executor)
+            executor(count, std::ref(run));  // by reference: std::function would copy it to the heap
+        else
+            for (std::size_t head = 0; head < count; ++head) run(head);
+    }
+    [[nodiscard]] TileScratch& scratch_of(std::size_t head) {
+        scratch.resize(std::max(scratch.size(), head + 1));
+        return scratch[head];
+    }
+    void reserve(const CacheShape& shape, const Needs& needs, std::size_t rows, std::size_t workspace);
+};
+
+/// Query tokens per tile: about a MiB of attention, but enough rows to share every load of K and V.
+[[nodiscard]] constexpr std::size_t tile_tokens(std::size_t group, std::size_t n) noexcept {
+    constexpr std::size_t floats = 1U << 18U;
+    return std::clamp<std::size_t>(floats / std::max<std::size_t>(group * n, 1), 4, 64);
+}
+
+/// Scratch for tiles over `rows` rows. `workspace`: floats that the policy takes for itself.
+inline void Workers::reserve(const CacheShape& shape, const Needs& needs, std::size_t rows,
+                             std::size_t workspace) {
+    scratch.resize(std::max(scratch.size(), executor ? shape.kv_heads : std::size_t{1}));
+    const std::size_t tile = shape.group() * tile_tokens(shape.group(), rows);
+    for (TileScratch& one : scratch) {
+        one.q.get(tile * shape.head_dim);
+        one.attention.get(tile * rows);
+        if (needs.logits) one.logits.get(tile * rows);
+        one.output.get(tile * shape.values());
+        one.lse.get(tile);
+        one.policy.get(workspace);
+        one.visible.reserve(tile);
+    }
+}
+
+/// Runs the query tokens of one KV head over `base.cached` and calls `observe(step)` for every tile of the
+/// last `needs.rows` tokens, or once with an empty tile if there are none. Token i of c sees all cached rows
+/// but the last c - 1 - i (`causal`), or all of them.
+/// @param q    [q_heads, c, d]; the group's heads begin at `first_head`.
+/// @param out  [q_heads, c, d_v], or empty: then only what `needs` asks for is computed.
+template <class Observe>
+void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::size_t first_head, bool causal,
+                   const HeadsView<float>& out, const Needs& needs, TileScratch& scratch, Observe&& observe) {
+    const std::size_t n = base.n(), c = q.tokens, group = base.group;
+    const std::size_t counted = c - std::min(needs.rows, c);  // first token that is observed
+    const bool asked = needs.attention || needs.logits || needs.output;
+    const std::size_t most = tile_tokens(group, n);
+
+    for (std::size_t first = out.empty() ? counted : 0; first < c;) {
+        const bool watched = first >= counted;
+        const std::size_t tokens = std::min(most, (watched ? c : counted) - first), rows = group * tokens;
+        const MatrixView<float> tile_q(scratch.q.get(rows * q.dim), rows, q.dim);
+        scratch.visible.resize(rows);
+        for (std::size_t g = 0; g < group; ++g)
+            for (std::size_t i = 0; i < tokens; ++i) {
+                const float* row = q.row(first_head + g, first + i);
+                std::copy(row, row + q.dim, tile_q[g * tokens + i].data());
+                scratch.visible[g * tokens + i] = {0, 0, causal ? n - c + first + i + 1 : n};
+            }
+        HeadStep step = base;
+        step.first = first;
+        step.tokens = tokens;
+        step.first_tile = first == counted;
+        step.last_tile = first + tokens == c;
+        step.q = tile_q;
+        if (!out.empty() || (watched && asked)) {
+            const bool output = !out.empty() || needs.output;
+            const std::size_t values = base.cached.v.dim();
+            AttentionRows want{.attention = {scratch.attention.get(rows * n), rows, n},
+                               .lse = {scratch.lse.get(rows), rows}};
+            if (watched && needs.logits) want.logits = {scratch.logits.get(rows * n), rows, n};
+            if (output) want.output = {scratch.output.get(rows * values), rows, values};
+            attend(*base.kernels, tile_q, base.cached.k, base.cached.v, scratch.visible, base.scale, want);
+            if (!out.empty())
+                for (std::size_t g = 0; g < group; ++g)
+                    for (std::size_t i = 0; i < tokens; ++i) {
+                        const auto row = want.output[g * tokens + i];
+                        std::copy(row.begin(), row.end(), out.row(first_head + g, first + i));
+                    }
+            if (asked) {
+                step.lse = want.lse;
+                if (needs.attention) step.attention = want.attention;
+                step.logits = want.logits;
+                if (needs.output) step.output = want.output;
+            }
+        }
+        step.visible = scratch.visible;
+        if (watched) observe(step);
+        first += tokens;
+    }
+    if (counted == c) observe(base);
+}
+
+}  // namespace kvcull::inline KVCULL_ABI::detail

@@ -1,0 +1,11 @@
+#pragma once
+/// Everything but integrations of other people's types (integrations/eigen.hpp): policies, evictor, cache,
+/// and the run-time choice of a policy.
+
+#include "attention/rope.hpp"
+#include "base/safetensors.hpp"
+#include "cache/evictor.hpp"
+#include "cache/kv_cache.hpp"
+#include "integrations/registry.hpp"
+#include "policies.hpp"
+#include "select/budget.hpp"

@@ -1,0 +1,194 @@
+#pragma once
+/// SnapKV: the last prompt tokens observe, and vote once on what stays.
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "../attention/attend.hpp"
+#include "../score/concepts.hpp"
+#include "../score/pool.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// How the query heads of a group become one vote.
+enum class Group : std::uint8_t { mean, max, sum };
+[[nodiscard]] constexpr auto names_of(Group /*any*/) noexcept {
+    return std::array<std::string_view, 3>{"mean", "max", "sum"};
+}
+
+/// The last `capacity` query tokens of one KV head's group with their positions, oldest first.
+class QueryRing {
+  public:
+    /// Tokens held whose position lies before `end`: tokens that were taken back do not count.
+    [[nodiscard]] std::size_t size_before(position_t end) const noexcept {
+        std::size_t count = size_;
+        while (count > 0 && position(count - 1) >= end) --count;
+        return count;
+    }
+    /// Of the i-th oldest token.
+    [[nodiscard]] position_t position(std::size_t i) const noexcept { return positions_[slot(i)]; }
+    /// Head-major copy of the `count` oldest tokens: out[group * count, dim], row g * count + i.
+    void copy_to(std::size_t count, float* out) const noexcept {
+        for (std::size_t g = 0; g < group_; ++g)
+            for (std::size_t i = 0; i < count; ++i, out += dim_) {
+                const float* row = &rows_[(slot(i) * group_ + g) * dim_];
+                std::copy(row, row + dim_, out);
+            }
+    }
+    /// Takes the tokens of a tile. Allocates at the first call only.
+    void push(std::size_t capacity, const HeadStep& step) {
+        if (rows_.empty()) {
+            capacity_ = capacity;
+            group_ = step.group;
+            dim_ = step.q.cols;
+            rows_.resize(capacity_ * group_ * dim_);
+            positions_.resize(capacity_);
+        }
+        const std::size_t first_row = step.n() - step.added + step.first;
+        drop_from(step.cached.position[first_row]);
+        for (std::size_t i = 0; i < step.tokens; ++i) {
+            positions_[next_] = step.cached.position[first_row + i];
+            for (std::size_t g = 0; g < group_; ++g) {
+                const auto row = step.q[g * step.tokens + i];
+                std::copy(row.begin(), row.end(), &rows_[(next_ * group_ + g) * dim_]);
+            }
+            next_ = (next_ + 1) % capacity_;
+            size_ = std::min(size_ + 1, capacity_);
+        }
+    }
+
+  private:
+    [[nodiscard]] std::size_t slot(std::size_t i) const noexcept {
+        return (next_ + capacity_ - size_ + i) % capacity_;
+    }
+    void drop_from(position_t end) noexcept {
+        const std::size_t count = size_before(end);
+        next_ = (next_ + capacity_ - (size_ - count)) % capacity_;
+        size_ = count;
+    }
+
+    std::vector<float> rows_;
+    std::vector<position_t> positions_;
+    std::size_t capacity_ = 0, group_ = 0, dim_ = 0, next_ = 0, size_ = 0;
+};
+
+/// Query tokens whose attention is held at a time while votes are counted.
+inline constexpr std::size_t vote_tile = 16;
+
+/// Floats of scratch that `window_votes` needs over n rows.
+[[nodiscard]] constexpr std::size_t vote_scratch(std::size_t n) noexcept {
+    return (vote_tile + 1) * (n + 1);
+}
+
+/// Votes of R query tokens of a group on the cached rows: raw[n] = reduce over the group of the mean
+/// attention. `q[group * R, d]`, row g * R + i sees the first `end_of(i)` cached rows; a row with a
+/// non-finite log-sum-exp votes 0 and still counts in the mean. Cost: 2 G R n d flops, a pass over the keys
+/// per `vote_tile` query tokens and head.
+template <class EndOf>
+void window_votes(const HeadStep& step, MatrixView<const float> q, const EndOf& end_of, Group reduce,
+                  std::span<float> raw, std::span<float> scratch) {
+    const std::size_t n = step.n(), rows = q.rows / step.group;
+    const std::span<float> sums = scratch.first(n);
+    const std::span<float> lse = scratch.subspan(n, vote_tile);
+    float* const attention = scratch.data() + n + vote_tile;
+    std::array<Visible, vote_tile> visible;
+    std::fill(raw.begin(), raw.end(), 0.0F);
+    if (rows == 0) return;
+    for (std::size_t g = 0; g < step.group; ++g) {
+        std::fill(sums.begin(), sums.end(), 0.0F);
+        for (std::size_t first = 0; first < rows; first += vote_tile) {
+            const std::size_t count = std::min(vote_tile, rows - first);
+            for (std::size_t i = 0; i < count; ++i) visible[i] = {0, 0, end_of(first + i)};
+            attend(*step.kernels, {q[g * rows + first].data(), count, q.cols, q.stride}, step.cached.k,
+                   step.cached.v, std::span(visible).first(count), step.scale,
+                   {.attention = {attention, count, n}, .lse = lse.first(count), .column_sum = sums});
+        }
+        const float share = 1.0F / static_cast<float>(reduce == Group::mean ? rows * step.group : rows);
+        for (std::size_t j = 0; j < n; ++j)
+            raw[j] = reduce == Group::max ? std::max(raw[j], sums[j] * share) : raw[j] + sums[j] * share;
+    }
+}
+
+/// SnapKV (arXiv 2404.14469): after the prompt, the attention that its last `window` tokens paid to each
+/// earlier token, smoothed over neighbours, is the score; the window stays. Nothing is evicted while decoding
+/// unless `decode_interval` is set: then again every so many tokens, so a head never exceeds budget +
+/// interval. State: the last `window` query rows of the group. Cost: O(G w n d) at an eviction, nothing else.
+struct SnapKV {
+    static constexpr std::string_view name = "snapkv";
+    struct State {
+        QueryRing queries;
+
+        [[nodiscard]] static std::tuple<> arrays() noexcept { return {}; }
+    };
+
+    std::size_t window = 32;
+    std::size_t kernel = 7;
+    Pool pool = Pool::max;
+    Group gqa = Group::mean;
+    std::size_t sinks = 0;
+    std::size_t decode_interval = 0;
+
+    static constexpr auto fields() {
+        return std::tuple{
+            Field{"window", &SnapKV::window}, Field{"kernel", &SnapKV::kernel},
+            Field{"pool", &SnapKV::pool},     Field{"gqa", &SnapKV::gqa},
+            Field{"sinks", &SnapKV::sinks},   Field{"decode_interval", &SnapKV::decode_interval}};
+    }
+    void check(std::size_t budget) const {
+        using error::config_error;
+        detail::check_kernel("SnapKV", kernel);
+        detail::check<config_error>(window >= 1, "SnapKV", "window", window, "at least 1");
+        detail::check<config_error>(budget > window + sinks, "SnapKV", "budget", budget,
+                                    detail::text("more than window + sinks = ", window + sinks));
+    }
+    [[nodiscard]] constexpr Protected protect(std::size_t /*budget*/) const { return {sinks, window}; }
+    static constexpr bool ordered() { return true; }
+    [[nodiscard]] constexpr std::size_t workspace(std::size_t rows, std::size_t group,
+                                                  std::size_t dim) const {
+        return vote_scratch(rows) + group * window * dim;
+    }
+    [[nodiscard]] constexpr bool due(const Moment& moment) const {
+        if (moment.rows <= moment.budget) return false;
+        if (moment.phase == Phase::prompt) return moment.prompt_end;
+        return moment.phase == Phase::decode && decode_interval > 0 && moment.since >= decode_interval;
+    }
+    /// Decoded tokens are listened to as well: `make_room`, a later prompt shorter than the window and
+    /// `decode_interval` all ask the newest tokens.
+    [[nodiscard]] constexpr Needs needs(Phase phase) const {
+        return {.rows = phase == Phase::probe ? 0 : window};
+    }
+
+    void observe(State& state, const HeadStep& step) const {
+        if (step.tokens > 0) state.queries.push(window, step);
+    }
+    void score(const State& state, const HeadStep& step, std::span<float> out) const {
+        votes(state, step, out);
+        const std::size_t candidates = out.size() - std::min(window, out.size());
+        pool_scores(pool, kernel, out.first(candidates), *step.workspace);
+    }
+    /// The votes before pooling; out[n].
+    void votes(const State& state, const HeadStep& step, std::span<float> out) const {
+        const std::size_t rows = state.queries.size_before(step.next_position), dim = step.cached.k.dim();
+        const std::size_t scratch = vote_scratch(step.n());
+        float* const memory = step.workspace->get(scratch + step.group * rows * dim);
+        state.queries.copy_to(rows, memory + scratch);
+        // Rows are ascending, so what a token sees is what lies up to its position.
+        const auto end_of = [&](std::size_t i) {
+            const position_t own = state.queries.position(i);
+            std::size_t low = 0, high = step.n();
+            while (low < high) {
+                const std::size_t middle = low + (high - low) / 2;
+                if (step.cached.position[middle] <= own)
+                    low = middle + 1;
+                else
+                    high = middle;
+            }
+            return low;
+        };
+        window_votes(step, {memory + scratch, step.group * rows, dim}, end_of, gqa, out, {memory, scratch});
+    }
+};
+static_assert(Policy<SnapKV> && Protects<SnapKV> && Triggered<SnapKV> && Ordered<SnapKV> && Checked<SnapKV>);
+
+}  // namespace kvcull::inline KVCULL_ABI

@@ -1,0 +1,234 @@
+#pragma once
+/// What a policy is. A policy is a small copyable value that holds parameters; its state is apart, one per KV
+/// head. The evictor calls, for every layer of a call of c new tokens:
+///
+///   1. admit     side values enter with their tokens                      (only policies with SideInput)
+///   2. observe   once per tile of the query rows that `needs(phase)` asks for, in order; once with an empty
+///                tile if it asks for none
+///   3. due       is it time?                                              (default: rows > budget)
+///   4. score     a number per cached row, higher = keep; changes nothing
+///   5. select    which rows stay                                          (default: top-k; or the policy's
+///   own)
+///
+/// then every array of the state is compacted with the cache. Policies with a SequenceState, with the scope
+/// `model_pooled` or with Lookahead decide at the end of the step or by their driver, all others at the end
+/// of each layer.
+///
+/// Abilities are found by the concepts below, never by a list of policies.
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <span>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "../base/memory.hpp"
+#include "../simd/kernels.hpp"
+#include "../views.hpp"
+#include "state.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// prompt: rows enter in chunks. decode: rows are generated. probe: rows attend but are not cached.
+enum class Phase : std::uint8_t { prompt, decode, probe };
+
+inline constexpr std::size_t all_rows = static_cast<std::size_t>(-1);
+inline constexpr std::size_t unlimited = static_cast<std::size_t>(-1);
+
+/// What a policy wants to see of a call's query rows. Nothing else is computed for it.
+struct Needs {
+    /// Query tokens observed: the last `rows` of the call (all_rows: every one; 0: none).
+    std::size_t rows = 0;
+    /// Their softmax weights, scaled logits and outputs. The queries themselves and their log-sum-exp come
+    /// with `attention`, `logits` or `output`; `rows` alone gives the queries.
+    bool attention = false, logits = false, output = false;
+};
+
+/// Rows that a policy keeps before any other, within its budget: the oldest `sinks` and the newest `recent`.
+struct Protected {
+    std::size_t sinks = 0, recent = 0;
+};
+
+/// What one KV head saw in one call. Query row `r = g * tokens + i` is token `i` of the tile under query head
+/// `g` of the group. A row whose log-sum-exp is not finite has attention 0 everywhere: it votes for nothing.
+struct HeadStep {
+    Phase phase = Phase::prompt;
+    std::size_t layer = 0, head = 0, group = 1;
+    /// Position after the newest token: the number of tokens seen, unless the caller numbers them itself.
+    position_t next_position = 0;
+    /// Rows of this call: the last `added` of the cached rows, in order.
+    std::size_t added = 0;
+    HeadView cached = {};
+    float scale = 1.0F;
+    /// Filled when scoring: what selection will protect in this head.
+    Protected protect = {};
+
+    /// The tile: tokens `first .. first + tokens - 1` of the call.
+    std::size_t first = 0, tokens = 0;
+    bool first_tile = true, last_tile = true;
+    MatrixView<const float> q = {};          // [group * tokens, head_dim]
+    MatrixView<const float> attention = {};  // [group * tokens, n]
+    MatrixView<const float> logits = {};     // [group * tokens, n], 0 where invisible
+    MatrixView<const float> output = {};     // [group * tokens, value_dim]
+    std::span<const float> lse = {};         // [group * tokens]
+    std::span<const Visible> visible = {};   // [group * tokens]
+
+    const simd::Kernels* kernels = nullptr;
+    /// Scratch of the calling thread, free for the policy during the call.
+    Scratch<float>* workspace = nullptr;
+
+    [[nodiscard]] std::size_t n() const noexcept { return cached.rows(); }
+};
+
+/// Side values of one KV head's new tokens.
+struct HeadInputs {
+    std::size_t first_row = 0;                     // of the new rows
+    std::span<const float> log_beta = {};          // [c] or empty
+    MatrixView<const float> attention_input = {};  // [c, D] or empty: what enters q, k, v projections
+    std::size_t layer = 0, head = 0;
+};
+/// Which side value a policy takes with its tokens.
+enum class Side : std::uint8_t { log_beta, attention_input };
+
+/// What the end of a step brings.
+struct StepInputs {
+    std::span<const std::int32_t> tokens = {};  // [c] token ids
+    MatrixView<const float> hidden = {};        // [c, D] final hidden states, after the model's last norm
+};
+
+/// When a decision may be taken.
+struct Moment {
+    Phase phase = Phase::decode;
+    bool prompt_end = false;  // all rows of the prompt are in
+    std::size_t layer = 0;    // 0 if the whole model decides together
+    std::size_t seen = 0;     // tokens of the sequence, this call included
+    std::size_t since = 0;    // tokens decoded since the last eviction of this layer or the prompt's end
+    std::size_t rows = 0, budget = 0;  // of the head, or their sums over what is ranked together
+};
+
+/// What is ranked together.
+enum class Scope : std::uint8_t {
+    head,          // every KV head by itself
+    layer_shared,  // one keep list for all heads of a layer, by their mean score
+    layer_pooled,  // one ranking over all rows of a layer; heads end ragged, some may end empty
+    model_pooled,  // one ranking over all layers, at the end of the step
+};
+
+/// A named parameter: `Field{"window", &SnapKV::window}`.
+template <class P, class T>
+struct Field {
+    std::string_view name;
+    T P::*member;
+};
+template <class P, class T>
+Field(const char*, T P::*) -> Field<P, T>;
+
+/// One per sequence beside the per-head states: `end_step` is fed after all layers; evictions wait for it.
+template <class P>
+concept SequenceState = std::copyable<typename P::Sequence> &&
+    requires(const P policy, typename P::Sequence sequence, const typename P::Sequence& now,
+             const typename P::State& state, const HeadStep& step, std::span<float> out) {
+    policy.end_step(sequence, StepInputs{});
+    policy.score(state, now, step, out);
+};
+
+template <class P>
+concept Policy = std::copyable<P> && std::default_initializable<typename P::State> &&
+    std::copyable<typename P::State> &&
+    requires(const P policy, typename P::State state, const typename P::State& now, const HeadStep& step,
+             std::span<float> out) {
+    { P::name } -> std::convertible_to<std::string_view>;
+    P::fields();
+    { policy.needs(Phase::decode) } -> std::same_as<Needs>;
+    state.arrays();
+    policy.observe(state, step);
+    requires SequenceState<P> || requires {
+        policy.score(now, step, out);
+    };
+};
+
+/// Says itself when to evict.
+template <class P>
+concept Triggered = requires(const P policy, const Moment& moment) {
+    { policy.due(moment) } -> std::same_as<bool>;
+};
+/// Keeps the oldest and newest rows; `budget` is that of one KV head.
+template <class P>
+concept Protects = requires(const P policy, std::size_t budget) {
+    { policy.protect(budget) } -> std::same_as<Protected>;
+};
+template <class P>
+concept Scoped = requires(const P policy) {
+    { policy.scope() } -> std::same_as<Scope>;
+};
+/// Has the last word on the mean of a layer's scores (scope `layer_shared`): what does not commute with that
+/// mean, such as pooling by maximum.
+template <class P>
+concept Finishes = requires(const P policy, const HeadStep& step, std::span<float> score) {
+    policy.finish(step, score);
+};
+/// Says how many floats of `HeadStep::workspace` it takes at most over `rows` rows, so that `reserve` fetches
+/// them. `dim`: the larger one of head_dim and value_dim.
+template <class P>
+concept TakesWorkspace = requires(const P policy, std::size_t rows, std::size_t group, std::size_t dim) {
+    { policy.workspace(rows, group, dim) } -> std::same_as<std::size_t>;
+};
+/// Looks at neighbours in the cache, so rows must stay ascending by position.
+template <class P>
+concept Ordered = requires(const P policy) {
+    { policy.ordered() } -> std::same_as<bool>;
+};
+/// Checks its parameters against each other and the budget (`unlimited` while it is not known): config_error.
+template <class P>
+concept Checked = requires(const P policy, std::size_t budget) {
+    policy.check(budget);
+};
+/// Takes a side value with every token.
+template <class P>
+concept SideInput = requires(const P policy, typename P::State state, const HeadInputs& inputs) {
+    { P::side } -> std::convertible_to<Side>;
+    policy.admit(state, inputs);
+};
+/// Chooses the set itself. `fixed[n]` marks rows that must stay; `keep` receives `count` ascending rows.
+template <class P>
+concept Selects = requires(const P policy, const typename P::State& state, const HeadStep& step,
+                           std::span<const std::uint8_t> fixed, std::size_t count,
+                           std::vector<index_t>& keep) {
+    policy.select(state, step, fixed, count, keep);
+};
+/// Gives a non-negative distribution per query head, before any reduction: `out[group, n]`.
+template <class P>
+concept PerQueryHead = P::nonnegative &&
+    requires(const P policy, const typename P::State& state, const HeadStep& step, MatrixView<float> out) {
+    policy.distribution(state, step, out);
+};
+/// Scores from query rows that are given later. `q[R, head_dim]` with `R = group * rows`, grouped like a
+/// tile.
+template <class P>
+concept Lookahead = requires(const P policy, const HeadStep& step, MatrixView<const float> q,
+                             std::span<float> out) {
+    policy.rescore(step, q, out);
+};
+
+template <class P>
+inline constexpr bool decides_late = SequenceState<P> || Lookahead<P>;
+
+template <class P>
+[[nodiscard]] constexpr Scope scope_of(const P& policy) {
+    if constexpr (Scoped<P>) return policy.scope();
+    return Scope::head;
+}
+template <class P>
+[[nodiscard]] constexpr bool is_ordered(const P& policy) {
+    if constexpr (Ordered<P>) return policy.ordered();
+    return false;
+}
+template <class P>
+[[nodiscard]] constexpr Protected protected_rows(const P& policy, std::size_t budget) {
+    if constexpr (Protects<P>) return policy.protect(budget);
+    return {};
+}
+
+}  // namespace kvcull::inline KVCULL_ABI

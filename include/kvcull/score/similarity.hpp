@@ -1,0 +1,68 @@
+#pragma once
+/// Geometry of keys and values: norms, and the direction that the keys of a head share.
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <span>
+
+#include "../attention/row_kernels.hpp"
+#include "../base/memory.hpp"
+#include "../views.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// Euclidean norm of a row in float. Squares that leave float's range are added up in double instead.
+[[nodiscard]] inline float euclidean_norm(const simd::Kernels& kernels, std::span<const float> row) noexcept {
+    float square = 0.0F;
+    kernels.dots_f32(row.data(), row.size(), 1, row.data(), row.size(), 1, row.size(), 1.0F, &square, 1);
+    if (is_finite(square) && square > 1e-30F) return std::sqrt(square);
+    double sum = 0.0;
+    for (const float x : row) sum += static_cast<double>(x) * static_cast<double>(x);
+    return static_cast<float>(std::sqrt(sum));
+}
+
+/// Sum of absolute values.
+[[nodiscard]] inline float l1_norm(std::span<const float> row) noexcept {
+    double sum = 0.0;
+    for (const float x : row) sum += static_cast<double>(x < 0.0F ? -x : x);
+    return static_cast<float>(sum);
+}
+
+/// Calls `visit(row index, widened row)` for rows `first ..` in order. The span is valid during the call.
+template <class Visit>
+void for_each_row(const RowsView& rows, std::size_t first, Scratch<float>& workspace, Visit&& visit) {
+    const std::span<float> wide(workspace.get(rows.dim()), rows.dim());
+    for (std::size_t j = first; j < rows.rows(); ++j) {
+        rows.widen(j, wide);
+        visit(j, std::span<const float>(wide));
+    }
+}
+
+/// Cosine of every row with the mean of all unit rows; out[n]. A zero row has cosine 0.
+/// Cost: three passes over the rows, O(n d). Memory: n + 2 d floats of `workspace`.
+inline void cosine_to_mean(const simd::Kernels& kernels, const RowsView& rows, std::span<float> out,
+                           Scratch<float>& workspace) {
+    constexpr float tiny = 1e-12F;
+    const std::size_t n = rows.rows(), dim = rows.dim();
+    if (n == 0) return;
+    float* const weight = workspace.get(n + 2 * dim);
+    float* const anchor = weight + n;
+    const std::span<float> wide(anchor + dim, dim);
+    for (std::size_t j = 0; j < n; ++j) {
+        rows.widen(j, wide);
+        out[j] = std::max(euclidean_norm(kernels, wide), tiny);
+        weight[j] = 1.0F / (out[j] * static_cast<float>(n));
+    }
+    std::fill(anchor, anchor + dim, 0.0F);
+    rows.for_each_run(0, n, [&](const RowsView::Run& run) {
+        detail::weighted_sum(kernels, weight + run.first, n, 1, rows, run, anchor, dim);
+    });
+    const float length = std::max(euclidean_norm(kernels, {anchor, dim}), tiny);
+    rows.for_each_run(0, n, [&](const RowsView::Run& run) {
+        detail::dots(kernels, anchor, dim, 1, rows, run, 1.0F / length, weight + run.first, n);
+    });
+    for (std::size_t j = 0; j < n; ++j) out[j] = weight[j] / out[j];
+}
+
+}  // namespace kvcull::inline KVCULL_ABI

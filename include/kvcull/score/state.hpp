@@ -1,0 +1,85 @@
+#pragma once
+/// Per-row state of a policy. A state lists its arrays once, in `arrays()`; growth, compaction and byte
+/// counts derive from that list, so statistics cannot stay behind when rows move.
+
+#include <cstddef>
+#include <span>
+#include <tuple>
+#include <vector>
+
+#include "../base/types.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// `width` numbers for every cached row of one KV head. New rows start at zero.
+template <class T>
+class RowArray {
+  public:
+    RowArray() = default;
+    explicit RowArray(std::size_t width) noexcept : width_(width) {}
+
+    [[nodiscard]] std::size_t rows() const noexcept { return values_.size() / width_; }
+    [[nodiscard]] std::size_t width() const noexcept { return width_; }
+    [[nodiscard]] std::span<T> values() noexcept { return values_; }
+    [[nodiscard]] std::span<const T> values() const noexcept { return values_; }
+    [[nodiscard]] T& operator[](std::size_t row) noexcept { return values_[row * width_]; }
+    [[nodiscard]] const T& operator[](std::size_t row) const noexcept { return values_[row * width_]; }
+    [[nodiscard]] std::size_t bytes() const noexcept { return values_.capacity() * sizeof(T); }
+
+    void reserve(std::size_t rows) { values_.reserve(rows * width_); }
+    void shrink() { values_.shrink_to_fit(); }
+    void resize(std::size_t rows) { values_.resize(rows * width_, T{}); }
+    void apply(std::span<const Move> moves, std::size_t rows) noexcept {
+        for (const Move& move : moves)
+            for (std::size_t i = 0; i < width_; ++i)
+                values_[static_cast<std::size_t>(move.to) * width_ + i] =
+                    values_[static_cast<std::size_t>(move.from) * width_ + i];
+        values_.resize(rows * width_);
+    }
+
+  private:
+    std::size_t width_ = 1;
+    std::vector<T> values_;
+};
+
+/// State of a policy that remembers nothing.
+struct NoState {
+    [[nodiscard]] static std::tuple<> arrays() noexcept { return {}; }
+};
+
+namespace detail {
+template <class State, class Visit>
+void for_each_array(State& state, Visit&& visit) {
+    std::apply([&](auto&... array) { (visit(array), ...); }, state.arrays());
+}
+}  // namespace detail
+
+/// Gives every array `rows` rows; rows that are new hold zeros.
+template <class State>
+void resize_state(State& state, std::size_t rows) {
+    detail::for_each_array(state, [&](auto& array) { array.resize(rows); });
+}
+template <class State>
+void reserve_state(State& state, std::size_t rows) {
+    detail::for_each_array(state, [&](auto& array) { array.reserve(rows); });
+}
+/// Gives memory that no row uses back.
+template <class State>
+void shrink_state(State& state) {
+    detail::for_each_array(state, [](auto& array) { array.shrink(); });
+}
+/// The cache moved its rows: the state follows.
+template <class State>
+void move_state(State& state, std::span<const Move> moves, std::size_t rows) noexcept {
+    detail::for_each_array(state, [&](auto& array) { array.apply(moves, rows); });
+}
+/// Bytes of the per-row arrays.
+template <class State>
+[[nodiscard]] std::size_t state_bytes(const State& state) {
+    std::size_t bytes = 0;
+    // `arrays()` lists references and so is not const; nothing is changed through them here.
+    detail::for_each_array(const_cast<State&>(state), [&](auto& array) { bytes += array.bytes(); });
+    return bytes;
+}
+
+}  // namespace kvcull::inline KVCULL_ABI

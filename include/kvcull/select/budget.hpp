@@ -1,0 +1,70 @@
+#pragma once
+/// Budgets are values beside the policy: how many rows may stay, and how a total is divided.
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "../base/error.hpp"
+#include "../score/concepts.hpp"
+#include "topk.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// Rows per KV head after an eviction, as a number or as a share of the prompt: exactly one of the two.
+struct Budget {
+    std::size_t tokens = 0;  // >= 1
+    double ratio = 0.0;      // in (0, 1]: tokens = floor(ratio * tokens seen at the prompt's end), at least 1
+    /// Rows above the budget that are let be before a default policy evicts (a high watermark): evictions
+    /// come `slack + 1` tokens apart and the longest head has `budget + slack` rows between steps.
+    std::size_t slack = 0;
+    /// Oldest and newest rows that stay besides those that the policy protects.
+    std::size_t sinks = 0, recent = 0;
+};
+
+namespace detail {
+inline void check_budget(const Budget& budget) {
+    check<error::config_error>(budget.tokens == 0 || budget.ratio == 0.0, "Budget", "tokens and ratio",
+                               "both given", "one of them");
+    check<error::config_error>(budget.tokens > 0 || budget.ratio != 0.0, "Budget", "tokens", budget.tokens,
+                               "at least 1 (or a ratio)");
+    check<error::config_error>(budget.tokens > 0 || (budget.ratio > 0.0 && budget.ratio <= 1.0), "Budget",
+                               "ratio", budget.ratio, "in (0, 1]");
+}
+}  // namespace detail
+
+/// Tokens per KV head when `prompt` tokens will have been seen at the prompt's end. The product is nudged by
+/// 1e-9 before it is cut, so that 0.29 of 100 is 29 whatever its binary form.
+[[nodiscard]] inline std::size_t budget_tokens(const Budget& budget, std::size_t prompt) {
+    if (budget.tokens > 0) return budget.tokens;
+    const auto tokens =
+        static_cast<std::size_t>(std::floor(budget.ratio * static_cast<double>(prompt) + 1e-9));
+    return std::max<std::size_t>(tokens, 1);
+}
+
+/// Divides `mean` rows per KV head over layers: writes rows per KV head of each layer. `prompt`: rows before.
+template <class R>
+concept BudgetRule = std::copyable<R> &&
+    requires(const R rule, std::size_t number, std::span<std::size_t> out) {
+    rule.layer_sizes(number, number, Protected{}, out);  // mean, prompt, protected by the policy, out[layers]
+};
+/// Divides a layer's rows over its KV heads by the policy's scores, once at the prompt's end; the sizes stay.
+template <class R>
+concept HeadBudgetRule = BudgetRule<R> &&
+    requires(const R rule, std::span<const Candidates> heads, std::size_t size, std::span<std::size_t> out) {
+    rule.head_sizes(heads, size, out);
+};
+
+/// The same for every layer and head.
+struct Uniform {
+    static void layer_sizes(std::size_t mean, std::size_t /*prompt*/, Protected /*policy*/,
+                            std::span<std::size_t> out) noexcept {
+        std::fill(out.begin(), out.end(), mean);
+    }
+};
+
+}  // namespace kvcull::inline KVCULL_ABI

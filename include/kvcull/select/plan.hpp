@@ -1,0 +1,116 @@
+#pragma once
+/// A plan: which rows of which heads stay, and the moves that make it so. It knows no storage: a cache, an
+/// engine's own buffers and the policy's state all follow the same plan.
+
+#include <cstddef>
+#include <cstring>
+#include <span>
+#include <vector>
+
+#include "../base/error.hpp"
+#include "../base/types.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// How kept rows close the gaps. `ascending`: kept rows move down and keep their order. `fill`: rows from the
+/// tail fill the gaps, at most one row moved per row evicted; attention does not care about order.
+enum class Compaction : std::uint8_t { ascending, fill };
+
+namespace detail {
+/// Appends the moves that turn `rows` rows into the kept ones, safe in place when done one after the other.
+inline void append_moves(Compaction compaction, std::span<const index_t> keep, std::vector<Move>& moves) {
+    const auto count = static_cast<index_t>(keep.size());
+    if (compaction == Compaction::ascending) {
+        for (index_t to = 0; to < count; ++to)
+            if (const index_t from = keep[static_cast<std::size_t>(to)]; from != to)
+                moves.push_back({from, to});
+        return;
+    }
+    std::size_t tail = 0;  // first kept row that lies beyond the new end
+    while (tail < keep.size() && keep[tail] < count) ++tail;
+    std::size_t next = 0;
+    for (index_t to = 0; to < count; ++to) {
+        if (next < keep.size() && keep[next] == to)
+            ++next;
+        else
+            moves.push_back({keep[tail++], to});
+    }
+}
+}  // namespace detail
+
+/// What one KV head does. `keep` is ascending by row; carry out `moves` in order, then cut to `keep.size()`
+/// rows.
+struct HeadPlan {
+    std::size_t layer = 0, head = 0;
+    std::size_t rows = 0;  // before
+    std::span<const index_t> keep;
+    std::span<const Move> moves;
+};
+
+/// Plans of the heads that change; heads that are not named stay as they are. Memory is reused by `clear`.
+class Plan {
+  public:
+    [[nodiscard]] bool empty() const noexcept { return entries_.empty(); }
+    [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
+    [[nodiscard]] HeadPlan operator[](std::size_t index) const noexcept {
+        const Entry& entry = entries_[index];
+        return {entry.layer, entry.head, entry.rows, std::span(keep_).subspan(entry.keep, entry.keep_count),
+                std::span(moves_).subspan(entry.moves, entry.moves_count)};
+    }
+
+    void clear() noexcept {
+        entries_.clear();
+        keep_.clear();
+        moves_.clear();
+    }
+    /// `keep` must be ascending and below `rows`: shape_error otherwise, nothing added.
+    void add(std::size_t layer, std::size_t head, std::size_t rows, std::span<const index_t> keep,
+             Compaction compaction) {
+        for (std::size_t i = 0; i < keep.size(); ++i) {
+            const bool good =
+                keep[i] >= 0 && static_cast<std::size_t>(keep[i]) < rows && (i == 0 || keep[i - 1] < keep[i]);
+            detail::check<error::shape_error>(good, "Plan::add", detail::text("keep[", i, "]"), keep[i],
+                                              detail::text("an ascending row below ", rows));
+        }
+        if (keep.size() == rows) return;
+        Entry entry{layer, head, rows, keep_.size(), keep.size(), moves_.size(), 0};
+        keep_.insert(keep_.end(), keep.begin(), keep.end());
+        detail::append_moves(compaction, keep, moves_);
+        entry.moves_count = moves_.size() - entry.moves;
+        entries_.push_back(entry);
+    }
+    /// Room for plans of `heads` heads of up to `rows` rows, so that `add` does not allocate.
+    void reserve(std::size_t heads, std::size_t rows) {
+        entries_.reserve(heads);
+        keep_.reserve(heads * rows);
+        moves_.reserve(heads * rows);
+    }
+
+  private:
+    struct Entry {
+        std::size_t layer, head, rows, keep, keep_count, moves, moves_count;
+    };
+    std::vector<Entry> entries_;
+    std::vector<index_t> keep_;
+    std::vector<Move> moves_;
+};
+
+/// Carries out one head's moves on an engine's own rows: `row_bytes` opaque bytes every `stride_bytes`.
+/// Bit for bit, in place; a run of neighbours is one memmove. Call it once per array (K, V, scales, ..).
+inline void move_rows(std::span<const Move> moves, void* data, std::size_t row_bytes,
+                      std::size_t stride_bytes) noexcept {
+    auto* base = static_cast<std::byte*>(data);
+    for (std::size_t i = 0; i < moves.size();) {
+        std::size_t count = 1;
+        if (row_bytes == stride_bytes)
+            while (i + count < moves.size() &&
+                   moves[i + count].from == moves[i].from + static_cast<index_t>(count) &&
+                   moves[i + count].to == moves[i].to + static_cast<index_t>(count))
+                ++count;
+        std::memmove(base + static_cast<std::size_t>(moves[i].to) * stride_bytes,
+                     base + static_cast<std::size_t>(moves[i].from) * stride_bytes, count * row_bytes);
+        i += count;
+    }
+}
+
+}  // namespace kvcull::inline KVCULL_ABI

@@ -1,0 +1,425 @@
+#pragma once
+/// Kernels for AVX2 + FMA + F16C. kernels.hpp says what each one means; here is how.
+///
+/// A dot product keeps one vector of 8 partial sums (channel c goes to lane c % 8, fused multiply-adds in
+/// order) and adds the lanes in one fixed tree, whatever the shape of the tile that computes it. A weighted
+/// sum is one chain of fused multiply-adds per channel, row after row. Hence tiles, chunks and splits never
+/// change a result. Errors: dot at most (dim / 8 + 4) 2^-24 sum |q_c k_c|; weighted sum rows * 2^-24 sum |w_j
+/// v_j[c]|.
+
+#include "target.hpp"
+
+#if KVCULL_X86
+
+#    include <immintrin.h>
+
+#    include <cmath>
+#    include <cstddef>
+#    include <cstdint>
+#    include <cstring>
+
+#    include "../base/types.hpp"
+#    include "cpuid.hpp"
+#    include "exp.hpp"
+
+namespace kvcull::inline KVCULL_ABI::simd::avx2 {
+
+/// Whether CPU and operating system have all three extensions.
+[[nodiscard]] inline bool supported() noexcept {
+    constexpr std::uint32_t features = bit_AVX | bit_FMA | bit_F16C, saved = 6;
+    const CpuId cpu;
+    return (cpu.leaf1_ecx & features) == features && (cpu.leaf7_ebx & bit_AVX2) != 0 &&
+           (cpu.saved_state & saved) == saved;
+}
+
+/// Eight set words, then eight clear ones: loading from `8 - count` on gives a mask of the first `count`
+/// lanes.
+alignas(64) inline constexpr std::int32_t mask_words[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+
+}  // namespace kvcull::inline KVCULL_ABI::simd::avx2
+
+KVCULL_TARGET_BEGIN("avx2,fma,f16c")
+
+namespace kvcull::inline KVCULL_ABI::simd::avx2 {
+
+/// What a chunk of rows may take of the first-level cache while many queries go over it.
+inline constexpr std::size_t chunk_bytes = 16384;
+/// How far ahead memory is asked for rows. Measured: 2 KiB hides half of the latency, 8 to 16 KiB all of it.
+inline constexpr std::size_t prefetch_bytes = 8192;
+
+// Sums and products are written with operators: the wrappers of immintrin.h carry the user's -ffast-math into
+// Clang's code even here. FMA, maskload, hadd and the like have no operator; of them Clang can only fold
+// constants. Whether a number is NaN is asked of loaded bits, never of a result.
+[[gnu::always_inline]] inline __m256 fma(__m256 a, __m256 b, __m256 c) noexcept {
+    return _mm256_fmadd_ps(a, b, c);
+}
+[[gnu::always_inline]] inline __m256i mask_of(std::size_t count) noexcept {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask_words + (8 - count)));
+}
+[[gnu::always_inline]] inline __m256 load(const float* x) noexcept {
+    return _mm256_loadu_ps(x);
+}
+[[gnu::always_inline]] inline __m256 load(const float16* x) noexcept {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+/// The first `count` < 8 lanes, zero in the others; memory behind them is not touched.
+[[gnu::always_inline]] inline __m256 load_part(const float* x, std::size_t count) noexcept {
+    return _mm256_maskload_ps(x, mask_of(count));
+}
+[[gnu::always_inline]] inline __m256 load_part(const float16* x, std::size_t count) noexcept {
+    alignas(16) float16 part[8] = {};
+    for (std::size_t lane = 0; lane < count; ++lane) part[lane] = x[lane];
+    return load(part);
+}
+
+/// Pins a value that several multiply-adds use in a register: GCC would load it again for each of them.
+[[gnu::always_inline]] inline __m256 pinned(__m256 x) noexcept {
+    __asm__("" : "+x"(x));
+    return x;
+}
+/// How far ahead of the rows at hand to ask memory for rows, in bytes: to the rows that come next; if nobody
+/// said which, `prefetch_bytes` further into these rows, as the hardware alone asks too late when several
+/// queries share a row; 0, which asks for what is there already, if these rows are few.
+template <class T>
+[[gnu::always_inline]] inline std::uintptr_t distance(const T* rows, std::size_t count,
+                                                      const void* next) noexcept {
+    if (next != nullptr)
+        return reinterpret_cast<std::uintptr_t>(next) - reinterpret_cast<std::uintptr_t>(rows);
+    return count * sizeof(T) > prefetch_bytes ? prefetch_bytes : 0;
+}
+/// Asks memory for the cache line that lies `ahead` bytes further. A hint: it reads nothing and never faults.
+template <class T>
+[[gnu::always_inline]] inline void prefetch(const T* x, std::uintptr_t ahead) noexcept {
+    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(x) + ahead), _MM_HINT_T0);
+}
+
+/// The sums of four vectors, each ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).
+[[gnu::always_inline]] inline __m128 sums(__m256 a, __m256 b, __m256 c, __m256 d) noexcept {
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1);
+}
+
+/// Q queries times R rows in registers.
+template <std::size_t Q, std::size_t R, class T>
+[[gnu::always_inline]] inline void dot_tile(const float* q, std::size_t q_stride, const T* k,
+                                            std::size_t k_stride, std::size_t dim, float scale, float* out,
+                                            std::size_t out_stride, std::uintptr_t ahead) noexcept {
+    constexpr std::size_t count = Q * R;
+    __m256 sum[count];
+#    pragma GCC unroll 8
+    for (std::size_t i = 0; i < count; ++i) sum[i] = _mm256_setzero_ps();
+    std::size_t c = 0;
+    for (; c + 8 <= dim; c += 8) {
+        __m256 row[R];
+#    pragma GCC unroll 8
+        for (std::size_t r = 0; r < R; ++r) {
+            row[r] = load(k + r * k_stride + c);
+            prefetch(k + r * k_stride + c, ahead);
+        }
+#    pragma GCC unroll 8
+        for (std::size_t g = 0; g < Q; ++g) {
+            const __m256 query = pinned(load(q + g * q_stride + c));
+#    pragma GCC unroll 8
+            for (std::size_t r = 0; r < R; ++r) sum[g * R + r] = fma(query, row[r], sum[g * R + r]);
+        }
+    }
+    if (c < dim) {
+#    pragma GCC unroll 8
+        for (std::size_t g = 0; g < Q; ++g) {
+            const __m256 query = load_part(q + g * q_stride + c, dim - c);
+#    pragma GCC unroll 8
+            for (std::size_t r = 0; r < R; ++r)
+                sum[g * R + r] = fma(query, load_part(k + r * k_stride + c, dim - c), sum[g * R + r]);
+        }
+    }
+    alignas(16) float result[8];
+#    pragma GCC unroll 2
+    for (std::size_t i = 0; i < count; i += 4) {
+        constexpr std::size_t last = count - 1;
+        const __m128 four = sums(sum[i], sum[i + 1 < last ? i + 1 : last], sum[i + 2 < last ? i + 2 : last],
+                                 sum[i + 3 < last ? i + 3 : last]);
+        _mm_store_ps(result + i, four * _mm_set1_ps(scale));
+    }
+#    pragma GCC unroll 8
+    for (std::size_t i = 0; i < count; ++i) out[i / R * out_stride + i % R] = result[i];
+}
+
+/// Q queries over all rows, R at a time.
+template <std::size_t Q, std::size_t R, class T>
+[[gnu::always_inline]] inline void dot_rows(const float* q, std::size_t q_stride, const T* k,
+                                            std::size_t k_stride, std::size_t rows, std::size_t dim,
+                                            float scale, float* out, std::size_t out_stride,
+                                            std::uintptr_t ahead) noexcept {
+    std::size_t j = 0;
+    for (; j + R <= rows; j += R)
+        dot_tile<Q, R>(q, q_stride, k + j * k_stride, k_stride, dim, scale, out + j, out_stride, ahead);
+    for (; j < rows; ++j)
+        dot_tile<Q, 1>(q, q_stride, k + j * k_stride, k_stride, dim, scale, out + j, out_stride, ahead);
+}
+
+template <class T>
+[[gnu::always_inline]] inline void dots(const float* q, std::size_t q_stride, std::size_t group, const T* k,
+                                        std::size_t k_stride, std::size_t rows, std::size_t dim, float scale,
+                                        float* out, std::size_t out_stride, const void* next) noexcept {
+    const std::size_t fit = chunk_bytes / ((dim + 1) * sizeof(T)) / 8 * 8;
+    const std::uintptr_t ahead = distance(k, rows * k_stride, next);
+    const std::size_t chunk = group <= 4 ? rows : fit < 8 ? 8 : fit;
+    for (std::size_t j = 0; j < rows; j += chunk) {
+        const std::size_t count = rows - j < chunk ? rows - j : chunk;
+        for (std::size_t g = 0; g < group; g += 4) {
+            const float* query = q + g * q_stride;
+            const T* row = k + j * k_stride;
+            float* to = out + g * out_stride + j;
+            switch (group - g) {
+                case 1:
+                    dot_rows<1, 8>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+                    break;
+                case 2:
+                    dot_rows<2, 4>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+                    break;
+                case 3:
+                    dot_rows<3, 2>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+                    break;
+                default:
+                    dot_rows<4, 2>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+            }
+        }
+    }
+}
+
+inline void dots_f32(const float* q, std::size_t q_stride, std::size_t group, const float* k,
+                     std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
+                     std::size_t out_stride, const void* next) noexcept {
+    dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+}
+inline void dots_f16(const float* q, std::size_t q_stride, std::size_t group, const float16* k,
+                     std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
+                     std::size_t out_stride, const void* next) noexcept {
+    dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+}
+
+/// Q outputs times C vectors of channels in registers, over `rows` rows.
+template <std::size_t Q, std::size_t C, class T>
+[[gnu::always_inline]] inline void sum_tile(const float* w, std::size_t w_stride, const T* v,
+                                            std::size_t v_stride, std::size_t rows, float* out,
+                                            std::size_t out_stride, std::uintptr_t ahead) noexcept {
+    __m256 sum[Q * C];
+#    pragma GCC unroll 8
+    for (std::size_t i = 0; i < Q * C; ++i) sum[i] = load(out + i / C * out_stride + i % C * 8);
+    for (std::size_t j = 0; j < rows; ++j) {
+        __m256 row[C];
+#    pragma GCC unroll 8
+        for (std::size_t c = 0; c < C; ++c) {
+            row[c] = load(v + j * v_stride + c * 8);
+            if (c * 8 * sizeof(T) % 64 == 0) prefetch(v + j * v_stride + c * 8, ahead);
+        }
+#    pragma GCC unroll 8
+        for (std::size_t g = 0; g < Q; ++g) {
+            const __m256 weight = _mm256_set1_ps(w[g * w_stride + j]);
+#    pragma GCC unroll 8
+            for (std::size_t c = 0; c < C; ++c) sum[g * C + c] = fma(weight, row[c], sum[g * C + c]);
+        }
+    }
+#    pragma GCC unroll 8
+    for (std::size_t i = 0; i < Q * C; ++i) _mm256_storeu_ps(out + i / C * out_stride + i % C * 8, sum[i]);
+}
+
+/// The last `count` < 8 channels.
+template <std::size_t Q, class T>
+[[gnu::always_inline]] inline void sum_tail(const float* w, std::size_t w_stride, const T* v,
+                                            std::size_t v_stride, std::size_t rows, std::size_t count,
+                                            float* out, std::size_t out_stride) noexcept {
+    __m256 sum[Q];
+#    pragma GCC unroll 8
+    for (std::size_t g = 0; g < Q; ++g) sum[g] = load_part(out + g * out_stride, count);
+    for (std::size_t j = 0; j < rows; ++j) {
+        const __m256 row = load_part(v + j * v_stride, count);
+#    pragma GCC unroll 8
+        for (std::size_t g = 0; g < Q; ++g) sum[g] = fma(_mm256_set1_ps(w[g * w_stride + j]), row, sum[g]);
+    }
+#    pragma GCC unroll 8
+    for (std::size_t g = 0; g < Q; ++g) _mm256_maskstore_ps(out + g * out_stride, mask_of(count), sum[g]);
+}
+
+/// Q outputs over all rows, in blocks of 8 rows: eight streams through memory, and the partial sums are
+/// loaded and stored once per eight multiply-adds.
+template <std::size_t Q, std::size_t C, class T>
+[[gnu::always_inline]] inline void sum_rows(const float* w, std::size_t w_stride, const T* v,
+                                            std::size_t v_stride, std::size_t rows, std::size_t dim,
+                                            float* out, std::size_t out_stride,
+                                            std::uintptr_t ahead) noexcept {
+    for (std::size_t j = 0; j < rows; j += 8) {
+        const std::size_t count = rows - j < 8 ? rows - j : 8;
+        const float* weight = w + j;
+        const T* row = v + j * v_stride;
+        std::size_t c = 0;
+        for (; c + 8 * C <= dim; c += 8 * C)
+            sum_tile<Q, C>(weight, w_stride, row + c, v_stride, count, out + c, out_stride, ahead);
+        for (; c + 8 <= dim; c += 8)
+            sum_tile<Q, 1>(weight, w_stride, row + c, v_stride, count, out + c, out_stride, ahead);
+        if (c < dim) sum_tail<Q>(weight, w_stride, row + c, v_stride, count, dim - c, out + c, out_stride);
+    }
+}
+
+template <class T>
+[[gnu::always_inline]] inline void weighted_sum(const float* w, std::size_t w_stride, std::size_t group,
+                                                const T* v, std::size_t v_stride, std::size_t rows,
+                                                std::size_t dim, float* out, std::size_t out_stride,
+                                                const void* next) noexcept {
+    const std::size_t fit = chunk_bytes / ((dim + 1) * sizeof(T)) / 8 * 8;
+    const std::uintptr_t ahead = distance(v, rows * v_stride, next);
+    const std::size_t chunk = group <= 4 ? rows : fit < 8 ? 8 : fit;
+    for (std::size_t j = 0; j < rows; j += chunk) {
+        const std::size_t count = rows - j < chunk ? rows - j : chunk;
+        for (std::size_t g = 0; g < group; g += 4) {
+            const float* weight = w + g * w_stride + j;
+            const T* row = v + j * v_stride;
+            float* to = out + g * out_stride;
+            switch (group - g) {
+                case 1:
+                    sum_rows<1, 4>(weight, w_stride, row, v_stride, count, dim, to, out_stride, ahead);
+                    break;
+                case 2:
+                    sum_rows<2, 4>(weight, w_stride, row, v_stride, count, dim, to, out_stride, ahead);
+                    break;
+                case 3:
+                    sum_rows<3, 2>(weight, w_stride, row, v_stride, count, dim, to, out_stride, ahead);
+                    break;
+                default:
+                    sum_rows<4, 2>(weight, w_stride, row, v_stride, count, dim, to, out_stride, ahead);
+            }
+        }
+    }
+}
+
+inline void weighted_sum_f32(const float* w, std::size_t w_stride, std::size_t group, const float* v,
+                             std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
+                             std::size_t out_stride, const void* next) noexcept {
+    weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);
+}
+inline void weighted_sum_f16(const float* w, std::size_t w_stride, std::size_t group, const float16* v,
+                             std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
+                             std::size_t out_stride, const void* next) noexcept {
+    weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);
+}
+
+/// exp_non_positive of eight numbers, with fused multiply-adds: error below 1 ulp of the result.
+[[gnu::always_inline]] inline __m256 exp_non_positive(__m256 x) noexcept {
+    using C = ExpConstants;
+    const __m256 smallest = _mm256_set1_ps(C::smallest);
+    const __m256 clamped = _mm256_max_ps(x, smallest);
+    const __m256 k = _mm256_round_ps(clamped * _mm256_set1_ps(C::inverse_ln2),
+                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 high = fma(k, _mm256_set1_ps(-C::ln2_high), clamped);
+    const __m256 r = fma(k, _mm256_set1_ps(-C::ln2_low), high);
+    __m256 p = _mm256_set1_ps(C::c[4]);
+    p = fma(p, r, _mm256_set1_ps(C::c[3]));
+    p = fma(p, r, _mm256_set1_ps(C::c[2]));
+    p = fma(p, r, _mm256_set1_ps(C::c[1]));
+    p = fma(p, r, _mm256_set1_ps(C::c[0]));
+    const __m256 mantissa = fma(p * r, r, r) + _mm256_set1_ps(1.0F);
+    const __m256i exponent =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23);
+    const __m256 value = mantissa * _mm256_castsi256_ps(exponent);
+    return _mm256_and_ps(value, _mm256_cmp_ps(x, smallest, _CMP_GE_OQ));
+}
+
+/// All ones where an entry is NaN or +Inf: told by integers, which no fast-math flag touches.
+[[gnu::always_inline]] inline __m256i is_bad(__m256 x) noexcept {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
+    const __m256i not_finite = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7F7FFFFF));
+    const __m256i negative_infinities =
+        _mm256_cmpeq_epi32(bits, _mm256_set1_epi32(static_cast<int>(negative_infinity_bits)));
+    return _mm256_andnot_si256(negative_infinities, not_finite);
+}
+
+/// The last `count` < 8 entries of a row; -Inf, which counts for nothing, in the other lanes.
+[[gnu::always_inline]] inline __m256 load_tail(const float* x, std::size_t count) noexcept {
+    const __m256i absent =
+        _mm256_andnot_si256(mask_of(count), _mm256_set1_epi32(static_cast<int>(negative_infinity_bits)));
+    return _mm256_or_ps(load_part(x, count), _mm256_castsi256_ps(absent));
+}
+
+inline void softmax(float* row, std::size_t n, float* lse) noexcept {
+    const std::size_t whole = n / 8 * 8, rest = n - whole;
+    const __m256i mask = mask_of(rest);
+    __m256 largest = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(negative_infinity_bits)));
+    __m256i bad = _mm256_setzero_si256();
+    for (std::size_t j = 0; j < whole; j += 8) {
+        const __m256 x = load(row + j);
+        bad = _mm256_or_si256(bad, is_bad(x));
+        largest = _mm256_max_ps(x, largest);
+    }
+    if (rest != 0) {
+        const __m256 x = load_tail(row + whole, rest);
+        bad = _mm256_or_si256(bad, is_bad(x));
+        largest = _mm256_max_ps(x, largest);
+    }
+    alignas(32) float lane[8];
+    _mm256_store_ps(lane, largest);
+    float top = lane[0];
+    for (int i = 1; i < 8; ++i) raise(top, lane[i]);
+    const bool is_bad_row = _mm256_testz_si256(bad, bad) == 0;
+    if (is_bad_row || !is_finite(top)) {
+        for (std::size_t j = 0; j < n; ++j) row[j] = 0;
+        const std::uint32_t bits = is_bad_row ? quiet_nan_bits : negative_infinity_bits;
+        std::memcpy(lse, &bits, sizeof bits);
+        return;
+    }
+    const __m256 shift = _mm256_set1_ps(top);
+    double sum = 0;
+    // Float sums of at most 64 terms per lane, double above them: the error does not grow with n.
+    for (std::size_t begin = 0; begin < n; begin += 512) {
+        const std::size_t end = whole - begin < 512 ? whole : begin + 512;
+        __m256 part = _mm256_setzero_ps();
+        for (std::size_t j = begin; j < end; j += 8) {
+            const __m256 weight = exp_non_positive(load(row + j) - shift);
+            _mm256_storeu_ps(row + j, weight);
+            part = part + weight;
+        }
+        if (end == whole && rest != 0 && end - begin < 512) {
+            const __m256 weight = exp_non_positive(load_tail(row + whole, rest) - shift);
+            _mm256_maskstore_ps(row + whole, mask, weight);
+            part = part + weight;
+        }
+        sum += static_cast<double>(_mm_cvtss_f32(sums(part, part, part, part)));
+    }
+    const float inverse = static_cast<float>(1.0 / sum);
+    const __m256 factor = _mm256_set1_ps(inverse);
+    for (std::size_t j = 0; j < whole; j += 8) _mm256_storeu_ps(row + j, load(row + j) * factor);
+    if (rest != 0) _mm256_maskstore_ps(row + whole, mask, load_part(row + whole, rest) * factor);
+    *lse = static_cast<float>(static_cast<double>(top) + std::log(sum));
+}
+
+inline void add(float* out, const float* x, std::size_t n) noexcept {
+    std::size_t j = 0;
+    for (; j + 8 <= n; j += 8) _mm256_storeu_ps(out + j, load(out + j) + load(x + j));
+    for (; j < n; ++j) out[j] += x[j];
+}
+
+inline void maximum(float* out, const float* x, std::size_t n) noexcept {
+    std::size_t j = 0;
+    for (; j + 8 <= n; j += 8) _mm256_storeu_ps(out + j, _mm256_max_ps(load(x + j), load(out + j)));
+    for (; j < n; ++j) raise(out[j], x[j]);
+}
+
+inline void widen(const float16* x, float* out, std::size_t n) noexcept {
+    std::size_t j = 0;
+    for (; j + 8 <= n; j += 8) _mm256_storeu_ps(out + j, load(x + j));
+    if (j < n) _mm256_maskstore_ps(out + j, mask_of(n - j), load_part(x + j, n - j));
+}
+
+inline void narrow(const float* x, float16* out, std::size_t n) noexcept {
+    std::size_t j = 0;
+    for (; j + 8 <= n; j += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j),
+                         _mm256_cvtps_ph(load(x + j), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    for (; j < n; ++j) out[j] = to_float16(x[j]);
+}
+
+}  // namespace kvcull::inline KVCULL_ABI::simd::avx2
+
+KVCULL_TARGET_END
+
+#endif

@@ -1,0 +1,154 @@
+#pragma once
+/// The table of kernels that all upper layers call through: one entry per operation, filled once by what CPU
+/// and operating system offer. Take `const Kernels& k = kernels()` once per step and call it per run of rows.
+///
+/// Adding an instruction set: a header with a namespace of the same functions, an enumerator and a name here,
+/// a test in `available`, a row in `kernels_for`.
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+#include <string_view>
+
+#include "../base/error.hpp"
+#include "../base/types.hpp"
+#include "avx2.hpp"
+#include "scalar.hpp"
+#include "target.hpp"
+
+namespace kvcull::inline KVCULL_ABI::simd {
+
+/// Instruction sets, each better than the one before it.
+enum class Isa : std::uint8_t { scalar, avx2 };
+inline constexpr std::array all_isas{Isa::scalar, Isa::avx2};
+
+/// out[g * out_stride + j] = scale * (q_g . k_j) for g < group, j < rows. Float sums.
+/// @param next  rows that will be read after these and may be fetched meanwhile, or nullptr.
+template <class T>
+struct Dots {
+    void (*function)(const float* q, std::size_t q_stride, std::size_t group, const T* k,
+                     std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
+                     std::size_t out_stride, const void* next) noexcept;
+
+    void operator()(const float* q, std::size_t q_stride, std::size_t group, const T* k, std::size_t k_stride,
+                    std::size_t rows, std::size_t dim, float scale, float* out, std::size_t out_stride,
+                    const void* next = nullptr) const noexcept {
+        function(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+    }
+};
+
+/// out[g * out_stride + c] += sum_j w[g * w_stride + j] * v_j[c], rows added strictly in order. `next` as in
+/// Dots.
+template <class T>
+struct WeightedSum {
+    void (*function)(const float* w, std::size_t w_stride, std::size_t group, const T* v,
+                     std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
+                     std::size_t out_stride, const void* next) noexcept;
+
+    void operator()(const float* w, std::size_t w_stride, std::size_t group, const T* v, std::size_t v_stride,
+                    std::size_t rows, std::size_t dim, float* out, std::size_t out_stride,
+                    const void* next = nullptr) const noexcept {
+        function(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);
+    }
+};
+
+/// One entry per operation. Pointers and lengths only; strides count elements; nothing aliases; any
+/// alignment. No kernel reads or writes past the last channel of a row. The result of one (query, row) pair
+/// depends on neither the other queries and rows of the call nor on how rows are split into calls.
+struct Kernels {
+    Isa isa;
+    Dots<float> dots_f32;
+    Dots<float16> dots_f16;
+    WeightedSum<float> weighted_sum_f32;
+    WeightedSum<float16> weighted_sum_f16;
+    /// Softmax of row[n] in place, and its log-sum-exp in *lse. -Inf entries get weight 0. n = 0 or all -Inf:
+    /// zeros and -Inf. A NaN or +Inf anywhere: zeros and NaN, so that a bad row votes for nothing. The
+    /// log-sum-exp is no return value because Clang's -ffast-math lets no NaN through one.
+    void (*softmax)(float* row, std::size_t n, float* lse) noexcept;
+    void (*add)(float* out, const float* x, std::size_t n) noexcept;      ///< out[j] += x[j]
+    void (*maximum)(float* out, const float* x, std::size_t n) noexcept;  ///< out[j] = max(out[j], x[j])
+    void (*widen_f16)(const float16* x, float* out, std::size_t n) noexcept;
+    /// Round to nearest even, the same bits as to_float16; NaN stays NaN.
+    void (*narrow_f16)(const float* x, float16* out, std::size_t n) noexcept;
+};
+
+[[nodiscard]] constexpr std::string_view name_of(Isa isa) noexcept {
+    return isa == Isa::avx2 ? "avx2" : "scalar";
+}
+
+/// @throws config_error that lists the known names.
+[[nodiscard]] inline Isa parse_isa(std::string_view name) {
+    std::string known = "one of";
+    for (const Isa isa : all_isas) {
+        if (name == name_of(isa)) return isa;
+        known.append(1, ' ').append(name_of(isa));
+    }
+    detail::fail<error::config_error>("parse_isa", "name", name, known);
+}
+
+/// Whether this build, this CPU and its operating system can run `isa`.
+[[nodiscard]] inline bool available(Isa isa) noexcept {
+#if KVCULL_X86
+    if (isa == Isa::avx2) return avx2::supported();
+#endif
+    return isa == Isa::scalar;
+}
+
+/// The best available instruction set, whatever KVCULL_ISA says.
+[[nodiscard]] inline Isa detect() noexcept {
+    Isa best = Isa::scalar;
+    for (const Isa isa : all_isas)
+        if (available(isa)) best = isa;
+    return best;
+}
+
+/// @throws config_error if it is not available here.
+[[nodiscard]] inline const Kernels& kernels_for(Isa isa) {
+    detail::check<error::config_error>(available(isa), "kernels_for", "isa", name_of(isa),
+                                       "one that this machine has");
+#if KVCULL_X86
+    if (isa == Isa::avx2) {
+        static constexpr Kernels table{Isa::avx2,
+                                       {avx2::dots_f32},
+                                       {avx2::dots_f16},
+                                       {avx2::weighted_sum_f32},
+                                       {avx2::weighted_sum_f16},
+                                       avx2::softmax,
+                                       avx2::add,
+                                       avx2::maximum,
+                                       avx2::widen,
+                                       avx2::narrow};
+        return table;
+    }
+#endif
+    static constexpr Kernels table{Isa::scalar,
+                                   {scalar::dots_f32},
+                                   {scalar::dots_f16},
+                                   {scalar::weighted_sum_f32},
+                                   {scalar::weighted_sum_f16},
+                                   scalar::softmax,
+                                   scalar::add,
+                                   scalar::maximum,
+                                   scalar::widen,
+                                   scalar::narrow};
+    return table;
+}
+
+/// `best`, or the instruction set named `cap` if that is a lesser one. No cap: nullptr or "".
+/// @throws config_error if `cap` is an unknown name.
+[[nodiscard]] inline Isa capped(Isa best, const char* cap) {
+    return cap == nullptr || *cap == '\0' ? best : std::min(best, parse_isa(cap));
+}
+
+/// The best kernels, chosen at the first call; the environment variable KVCULL_ISA (scalar, avx2) caps the
+/// choice.
+/// @throws config_error if the variable holds an unknown name.
+[[nodiscard]] inline const Kernels& kernels() {
+    static const Kernels& chosen = kernels_for(capped(detect(), std::getenv("KVCULL_ISA")));
+    return chosen;
+}
+
+}  // namespace kvcull::inline KVCULL_ABI::simd

@@ -1,0 +1,56 @@
+#include "kinds.hpp"
+
+namespace kvcull::test {
+
+std::span<const Kind> known_kinds() {
+    static constexpr Kind kinds[] = {
+        {"baselines", "scores", baselines::check_scores},
+        {"baselines", "h2o", baselines::check_h2o},
+        {"baselines", "tova", baselines::check_tova},
+        {"baselines", "streaming_reposition", baselines::check_streaming},
+        {"snapkv", "evict", snapkv::check_evict},
+        {"snapkv", "decode", snapkv::check_decode},
+        {"budgets", "pyramid"},
+        {"budgets", "ada"},
+        {"budgets", "critical"},
+        {"caote", "weights"},
+        {"caote", "scores"},
+        {"caote", "greedy"},
+        {"caote", "decode"},
+        {"epicache", "score"},
+        {"epicache", "prefill"},
+        {"epicache", "budget"},
+        {"epicache", "cluster"},
+        {"epicache", "route"},
+        {"guard", "deterministic"},
+        {"guard", "guard"},
+        {"guard", "random"},
+        {"guard", "predictors"},
+        {"guard", "tier"},
+        {"guard", "misses"},
+        {"guard", "ids"},
+        {"laq", "stage2"},
+        {"laq", "run"},
+        {"obcache", "scores"},
+        {"obcache", "decode"},
+        {"rkv", "eviction"},
+        {"rkv", "trace"},
+        {"skipkv", "eviction"},
+        {"skipkv", "trace"},
+        {"skipkv", "steering"},
+        {"skipkv", "batch"},
+        {"trimkv", "gate"},
+        {"trimkv", "attention"},
+        {"trimkv", "capacity"},
+        {"trimkv", "losses"},
+        {"trimkv", "decode"},
+        {"trimkv", "global"},
+        {"trimkv", "block"},
+        {"trimkv", "train"},
+        {"trimkv", "checkpoint"},
+        {"tiny_llama", "logits"},
+    };
+    return kinds;
+}
+
+}  // namespace kvcull::test

@@ -1,0 +1,30 @@
+#pragma once
+/// The layouts of golden files that this project knows, by `method` and `kind` of a file's metadata.
+
+#include <span>
+#include <string_view>
+
+#include "support/golden.hpp"
+
+namespace kvcull::test {
+
+struct Kind {
+    std::string_view method, kind;
+    /// Compares all outputs of a file; nullptr: the method is still to come.
+    void (*check)(GoldenFile& file) = nullptr;
+};
+[[nodiscard]] std::span<const Kind> known_kinds();
+
+// One file per method. What they throw counts as a failed check.
+namespace baselines {
+void check_scores(GoldenFile& file);
+void check_h2o(GoldenFile& file);
+void check_tova(GoldenFile& file);
+void check_streaming(GoldenFile& file);
+}  // namespace baselines
+namespace snapkv {
+void check_evict(GoldenFile& file);
+void check_decode(GoldenFile& file);
+}  // namespace snapkv
+
+}  // namespace kvcull::test

@@ -1,0 +1,93 @@
+#include "kvcull/integrations/registry.hpp"
+
+#include <algorithm>
+#include <initializer_list>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+#include "kvcull/policies.hpp"
+#include "support/catch.hpp"
+
+using namespace kvcull;
+
+namespace {
+
+/// What with_policy finds in `text`, as a P.
+template <class P>
+P found(std::string_view text) {
+    P result{};
+    bool right = false;
+    with_policy<Full, Streaming, Random, H2O, Tova, KeyDiff, KeyNorm, Vatp, SnapKV>(
+        text, [&](const auto& policy) {
+            if constexpr (std::is_same_v<std::remove_cvref_t<decltype(policy)>, P>) {
+                result = policy;
+                right = true;
+            }
+        });
+    CHECK(right);
+    return result;
+}
+std::string refusal(std::string_view text) {
+    try {
+        with_policy<Full, H2O, Tova, SnapKV>(text, [](const auto& /*policy*/) { FAIL("accepted"); });
+    } catch (const error::config_error& error) {
+        return error.what();
+    }
+    return "nothing was thrown";
+}
+
+bool mentions(const std::string& text, std::initializer_list<std::string_view> words) {
+    return std::all_of(words.begin(), words.end(),
+                       [&](std::string_view word) { return text.find(word) != std::string::npos; });
+}
+
+}  // namespace
+
+TEST_CASE("a name alone is the policy with its defaults", "[contract]") {
+    const SnapKV snapkv = found<SnapKV>("snapkv");
+    CHECK(snapkv.window == SnapKV{}.window);
+    CHECK(snapkv.pool == Pool::max);
+    CHECK_FALSE(found<H2O>("h2o").recent.has_value());
+    (void)found<Full>("full");
+    (void)found<H2O>("h2o:");
+}
+
+TEST_CASE("every field of every policy can be set by name", "[contract]") {
+    const H2O h2o = found<H2O>("h2o:recent=7,sinks=2,window=9,by_queries=true,kernel=5,pool=avg");
+    CHECK((h2o.recent == 7 && h2o.sinks == 2 && h2o.window == 9 && h2o.by_queries && h2o.kernel == 5 &&
+           h2o.pool == Pool::avg));
+    const Tova tova = found<Tova>("tova:scope=kv_head,protect_newest=1,sinks=3,recent=4,kernel=3,pool=max");
+    CHECK((tova.share == Tova::Share::kv_head && tova.protect_newest && tova.sinks == 3 && tova.recent == 4));
+    CHECK((tova.kernel == 3 && tova.pool == Pool::max));
+    const SnapKV snapkv =
+        found<SnapKV>("snapkv:window=16,kernel=5,pool=none,gqa=sum,sinks=4,decode_interval=8");
+    CHECK(
+        (snapkv.window == 16 && snapkv.kernel == 5 && snapkv.pool == Pool::none && snapkv.gqa == Group::sum));
+    CHECK((snapkv.sinks == 4 && snapkv.decode_interval == 8));
+    const Vatp vatp = found<Vatp>("vatp:recent=1,sinks=2,window=3,kernel=7,pool=max");
+    CHECK((vatp.recent == 1 && vatp.sinks == 2 && vatp.window == 3 && vatp.kernel == 7 &&
+           vatp.pool == Pool::max));
+    const KeyNorm keynorm = found<KeyNorm>("keynorm:sinks=1,recent=2,skip_layers=2,prune_after=2048");
+    CHECK((keynorm.sinks == 1 && keynorm.recent == 2 && keynorm.skip_layers == 2 &&
+           keynorm.prune_after == 2048));
+    CHECK(found<KeyDiff>("keydiff:recent=5").recent == 5);
+    CHECK(found<Streaming>("streaming:sinks=8").sinks == 8);
+    CHECK(found<Random>("random:seed=42").seed == 42);
+    CHECK_FALSE(found<H2O>("h2o:by_queries=false").by_queries);
+}
+
+TEST_CASE("what is not known is refused with a list of what is", "[contract]") {
+    CHECK(mentions(refusal("laq"), {"laq", "full, h2o, tova, snapkv"}));
+    CHECK(mentions(refusal(""), {"one of full"}));
+    CHECK(mentions(refusal("snapkv:windw=3"), {"windw", "window", "decode_interval"}));
+    CHECK(mentions(refusal("snapkv:pool=median"), {"median", "none, max, avg"}));
+    CHECK(mentions(refusal("snapkv:window=-3"), {"window", "-3"}));
+    CHECK(mentions(refusal("snapkv:window=3x"), {"3x"}));
+    CHECK(mentions(refusal("snapkv:window="), {"window"}));
+    CHECK(mentions(refusal("snapkv:window"), {"key=value"}));
+    CHECK(mentions(refusal("h2o:by_queries=maybe"), {"maybe", "true or false"}));
+    CHECK(mentions(refusal("h2o:recent=99999999999999999999999"), {"recent"}));
+    CHECK(mentions(refusal("full:sinks=4"), {"sinks", "no parameters"}));
+    CHECK(mentions(refusal("H2O"), {"H2O"}));
+}

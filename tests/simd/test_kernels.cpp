@@ -1,0 +1,457 @@
+#include "kvcull/simd/kernels.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <string>
+#include <vector>
+
+#if defined(__linux__)
+#    include <sys/mman.h>
+#    include <unistd.h>
+#endif
+
+#include "support/catch.hpp"
+#include "support/isas.hpp"
+#include "support/random.hpp"
+#include "support/reference.hpp"
+
+using namespace kvcull;
+using namespace kvcull::test;
+using simd::Isa;
+using simd::Kernels;
+
+namespace {
+
+constexpr double epsilon = 0x1.0p-24;
+const std::vector<std::size_t> lengths{0,  1,  7,  8,  9,  15,  16,  17,  31,  32,
+                                       33, 63, 64, 65, 80, 127, 128, 129, 257, 512};
+
+/// A [rows, dim] matrix whose rows lie `stride` apart, one element off every alignment; NaN in the gaps, so
+/// that a kernel that reads one of them shows it.
+struct Padded {
+    std::size_t rows, dim, stride;
+    std::vector<float> storage;
+
+    Padded(std::size_t rows_, std::size_t dim_, std::uint64_t seed)
+        : rows(rows_), dim(dim_), stride(dim_ + 3), storage(1 + rows_ * stride, quiet_nan()) {
+        const std::vector<float> values = random_floats(rows * dim, seed);
+        for (std::size_t i = 0; i < values.size(); ++i) row(i / dim)[i % dim] = values[i];
+    }
+    float* data() { return storage.data() + 1; }
+    float* row(std::size_t j) { return data() + j * stride; }
+};
+
+/// The kernels of every instruction set that this machine has, one after the other.
+const Kernels& any_kernels() {
+    return simd::kernels_for(GENERATE(from_range(available_isas())));
+}
+
+}  // namespace
+
+TEST_CASE("an instruction set is found by its name, and an unknown name lists the known ones", "[contract]") {
+    for (const Isa isa : simd::all_isas) REQUIRE(simd::parse_isa(simd::name_of(isa)) == isa);
+    try {
+        static_cast<void>(simd::parse_isa("sse9"));
+        FAIL("no error");
+    } catch (const error::config_error& error) {
+        const std::string message = error.what();
+        REQUIRE(message.find("sse9") != std::string::npos);
+        REQUIRE(message.find("scalar") != std::string::npos);
+        REQUIRE(message.find("avx2") != std::string::npos);
+    }
+}
+
+TEST_CASE("a cap lowers the choice and never raises it", "[contract]") {
+    REQUIRE(simd::capped(Isa::avx2, nullptr) == Isa::avx2);
+    REQUIRE(simd::capped(Isa::avx2, "") == Isa::avx2);
+    REQUIRE(simd::capped(Isa::avx2, "scalar") == Isa::scalar);
+    REQUIRE(simd::capped(Isa::scalar, "avx2") == Isa::scalar);
+    REQUIRE_THROWS_AS(simd::capped(Isa::avx2, "fast"), error::config_error);
+}
+
+TEST_CASE("the table in use is available and carries its own name", "[contract]") {
+    REQUIRE(simd::kernels().isa <= simd::detect());
+    REQUIRE(&simd::kernels() == &simd::kernels());
+    for (const Isa isa : simd::all_isas) {
+        if (simd::available(isa))
+            REQUIRE(simd::kernels_for(isa).isa == isa);
+        else
+            REQUIRE_THROWS_AS(simd::kernels_for(isa), error::config_error);
+    }
+}
+
+TEST_CASE("this machine can test every instruction set of this build", "[contract]") {
+    for (const Isa isa : simd::all_isas)
+        if (!simd::available(isa)) KVCULL_SKIP("no kernels are tested for " << simd::name_of(isa));
+}
+
+TEST_CASE("dots agree with a double reference for every dim, group and number of rows", "[differential]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t dim : lengths) {
+        for (const std::size_t group : {1U, 2U, 3U, 4U, 7U, 28U}) {
+            for (const std::size_t rows : {0U, 1U, 2U, 3U, 7U, 8U, 9U, 17U, 65U}) {
+                Padded q(group, dim, 1), k(rows, dim, 2);
+                const std::size_t out_stride = rows + 2;
+                std::vector<float> out(group * out_stride, 42.0F);
+                kernels.dots_f32(q.data(), q.stride, group, k.data(), k.stride, rows, dim, 0.25F, out.data(),
+                                 out_stride);
+                CAPTURE(simd::name_of(kernels.isa), dim, group, rows);
+                bool good = true;
+                for (std::size_t g = 0; g < group; ++g) {
+                    for (std::size_t j = 0; j < rows; ++j) {
+                        double sum = 0, size = 0;
+                        for (std::size_t c = 0; c < dim; ++c) {
+                            const double term =
+                                static_cast<double>(q.row(g)[c]) * static_cast<double>(k.row(j)[c]);
+                            sum += term;
+                            size += std::abs(term);
+                        }
+                        const double bound = (static_cast<double>(dim) / 8 + 4) * epsilon * size * 0.25;
+                        good = good && close(out[g * out_stride + j], sum * 0.25, 0, bound + 1e-30);
+                    }
+                    good = good && out[g * out_stride + rows] == 42.0F &&
+                           out[g * out_stride + rows + 1] == 42.0F;
+                }
+                REQUIRE(good);
+            }
+        }
+    }
+}
+
+TEST_CASE("a dot depends neither on the group, nor on the rows beside it, nor on where a call is split",
+          "[property]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t dim : {1U, 8U, 13U, 80U, 128U}) {
+        constexpr std::size_t group = 11, rows = 150;  // more than one chunk of rows at dim 128
+        Padded q(group, dim, 3), k(rows, dim, 4);
+        const std::vector<float16> half = to_float16s(random_floats(rows * dim, 5));
+        std::vector<float> all(group * rows), all_half(group * rows), one(1);
+        kernels.dots_f32(q.data(), q.stride, group, k.data(), k.stride, rows, dim, 0.3F, all.data(), rows);
+        kernels.dots_f16(q.data(), q.stride, group, half.data(), dim, rows, dim, 0.3F, all_half.data(), rows);
+        CAPTURE(simd::name_of(kernels.isa), dim);
+        bool same = true;
+        for (std::size_t g = 0; g < group; ++g) {
+            for (std::size_t j = 0; j < rows; ++j) {
+                kernels.dots_f32(q.row(g), q.stride, 1, k.row(j), k.stride, 1, dim, 0.3F, one.data(), 1);
+                same = same && same_bits(one[0], all[g * rows + j]);
+                kernels.dots_f16(q.row(g), q.stride, 1, half.data() + j * dim, dim, 1, dim, 0.3F, one.data(),
+                                 1);
+                same = same && same_bits(one[0], all_half[g * rows + j]);
+            }
+        }
+        REQUIRE(same);
+        for (const std::size_t split : {1U, 5U, 64U, 149U}) {
+            std::vector<float> parts(group * rows);
+            kernels.dots_f32(q.data(), q.stride, group, k.data(), k.stride, split, dim, 0.3F, parts.data(),
+                             rows, k.row(split));
+            kernels.dots_f32(q.data(), q.stride, group, k.row(split), k.stride, rows - split, dim, 0.3F,
+                             parts.data() + split, rows);
+            REQUIRE(same_bits(parts, all));
+        }
+    }
+}
+
+TEST_CASE("half-precision rows give what their widened copy gives, bit for bit", "[property]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t dim : lengths) {
+        for (const std::size_t group : {1U, 4U, 7U}) {
+            constexpr std::size_t rows = 19;
+            const std::vector<float16> half = to_float16s(random_floats(rows * dim, 6));
+            const std::vector<float> wide = to_floats(half);
+            const std::vector<float> q = random_floats(group * dim, 7), w = random_floats(group * rows, 8);
+            std::vector<float> x(group * rows), y(group * rows), a(group * dim, 0.5F), b(group * dim, 0.5F);
+            kernels.dots_f32(q.data(), dim, group, wide.data(), dim, rows, dim, 0.5F, x.data(), rows);
+            kernels.dots_f16(q.data(), dim, group, half.data(), dim, rows, dim, 0.5F, y.data(), rows);
+            kernels.weighted_sum_f32(w.data(), rows, group, wide.data(), dim, rows, dim, a.data(), dim);
+            kernels.weighted_sum_f16(w.data(), rows, group, half.data(), dim, rows, dim, b.data(), dim);
+            CAPTURE(simd::name_of(kernels.isa), dim, group);
+            REQUIRE(same_bits(x, y));
+            REQUIRE(same_bits(a, b));
+        }
+    }
+}
+
+TEST_CASE("weighted sums agree with a double reference for every dim, group and number of rows",
+          "[differential]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t dim : lengths) {
+        for (const std::size_t group : {1U, 2U, 3U, 4U, 7U, 28U}) {
+            for (const std::size_t rows : {0U, 1U, 7U, 8U, 9U, 65U}) {
+                Padded w(group, rows, 9), v(rows, dim, 10), out(group, dim, 11);
+                const Padded before = out;
+                kernels.weighted_sum_f32(w.data(), w.stride, group, v.data(), v.stride, rows, dim, out.data(),
+                                         out.stride);
+                CAPTURE(simd::name_of(kernels.isa), dim, group, rows);
+                bool good = true;
+                for (std::size_t g = 0; g < group; ++g) {
+                    for (std::size_t c = 0; c < out.stride; ++c) {
+                        const float start = before.storage[1 + g * before.stride + c];
+                        if (c >= dim) {
+                            good = good && same_bits(out.row(g)[c], start);
+                            continue;
+                        }
+                        double sum = static_cast<double>(start), size = std::abs(sum);
+                        for (std::size_t j = 0; j < rows; ++j) {
+                            const double term =
+                                static_cast<double>(w.row(g)[j]) * static_cast<double>(v.row(j)[c]);
+                            sum += term;
+                            size += std::abs(term);
+                        }
+                        good = good &&
+                               close(out.row(g)[c], sum, 0, (static_cast<double>(rows) + 2) * epsilon * size);
+                    }
+                }
+                REQUIRE(good);
+            }
+        }
+    }
+}
+
+TEST_CASE("a weighted sum depends neither on the group nor on where its rows are split", "[property]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t dim : {1U, 8U, 13U, 40U, 128U}) {
+        constexpr std::size_t group = 11, rows = 150;
+        const std::vector<float> w = random_floats(group * rows, 12), v = random_floats(rows * dim, 13);
+        std::vector<float> all(group * dim);
+        kernels.weighted_sum_f32(w.data(), rows, group, v.data(), dim, rows, dim, all.data(), dim);
+        CAPTURE(simd::name_of(kernels.isa), dim);
+        for (const std::size_t split : {1U, 5U, 64U, 149U}) {
+            std::vector<float> parts(group * dim);
+            kernels.weighted_sum_f32(w.data(), rows, group, v.data(), dim, split, dim, parts.data(), dim);
+            kernels.weighted_sum_f32(w.data() + split, rows, group, v.data() + split * dim, dim, rows - split,
+                                     dim, parts.data(), dim);
+            REQUIRE(same_bits(parts, all));
+        }
+        std::vector<float> apart(group * dim);
+        for (std::size_t g = 0; g < group; ++g)
+            kernels.weighted_sum_f32(w.data() + g * rows, rows, 1, v.data(), dim, rows, dim,
+                                     apart.data() + g * dim, dim);
+        REQUIRE(same_bits(apart, all));
+    }
+}
+
+#if defined(__linux__)
+TEST_CASE("no kernel touches the page behind its last element", "[property]") {
+    const Kernels& kernels = any_kernels();
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    void* const memory = mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(memory != MAP_FAILED);
+    char* const end = static_cast<char*>(memory) + page;
+    REQUIRE(mprotect(end, page, PROT_NONE) == 0);
+    for (const std::size_t dim : {1U, 3U, 8U, 12U, 15U, 31U}) {
+        constexpr std::size_t rows = 9, group = 4;
+        float* const f32 = reinterpret_cast<float*>(end) - rows * dim;
+        float16* const f16 = reinterpret_cast<float16*>(end) - rows * dim;
+        float* const row = reinterpret_cast<float*>(end) - dim;
+        const std::vector<float> q = random_floats(group * dim, 14);
+        std::vector<float> logits(group * rows), out(group * dim), wide(rows * dim);
+        std::fill_n(f32, rows * dim, 0.5F);
+        kernels.dots_f32(q.data(), dim, group, f32, dim, rows, dim, 1.0F, logits.data(), rows);
+        kernels.weighted_sum_f32(logits.data(), rows, group, f32, dim, rows, dim, out.data(), dim);
+        kernels.dots_f32(row, dim, 1, wide.data(), dim, rows, dim, 1.0F, logits.data(), rows);
+        kernels.weighted_sum_f32(logits.data(), rows, 1, wide.data(), dim, rows, dim, row, dim);
+        kernels.add(row, q.data(), dim);
+        kernels.maximum(row, q.data(), dim);
+        float lse = 0;
+        kernels.softmax(row, dim, &lse);
+        std::fill_n(f16, rows * dim, float16{0x3800});
+        kernels.dots_f16(q.data(), dim, group, f16, dim, rows, dim, 1.0F, logits.data(), rows);
+        kernels.weighted_sum_f16(logits.data(), rows, group, f16, dim, rows, dim, out.data(), dim);
+        kernels.widen_f16(f16, wide.data(), rows * dim);
+        kernels.narrow_f16(wide.data(), f16, rows * dim);
+        REQUIRE(to_float(f16[rows * dim - 1]) == 0.5F);
+    }
+    munmap(memory, 2 * page);
+}
+#endif
+
+TEST_CASE("softmax agrees with a double reference and gives the log-sum-exp", "[differential]") {
+    const Kernels& kernels = any_kernels();
+    std::vector<std::size_t> sizes = lengths;
+    sizes.insert(sizes.end(), {511, 513, 519, 520, 521, 1024, 1030});
+    for (const std::size_t n : sizes) {
+        for (const float scale : {0.1F, 3.0F, 30.0F}) {
+            std::vector<float> row = random_floats(n + 2, 15, scale);
+            const std::vector<float> logits = row;
+            float lse = 42.0F;
+            kernels.softmax(row.data(), n, &lse);
+            CAPTURE(simd::name_of(kernels.isa), n, scale);
+            REQUIRE(same_bits(row[n], logits[n]));
+            REQUIRE(same_bits(row[n + 1], logits[n + 1]));
+            if (n == 0) {
+                REQUIRE(same_bits(lse, negative_infinity()));
+                continue;
+            }
+            double largest = -1e300, sum = 0;
+            for (std::size_t j = 0; j < n; ++j) largest = std::max(largest, static_cast<double>(logits[j]));
+            for (std::size_t j = 0; j < n; ++j) sum += std::exp(static_cast<double>(logits[j]) - largest);
+            REQUIRE(close(lse, largest + std::log(sum), 1e-6, 1e-6));
+            bool good = true;
+            for (std::size_t j = 0; j < n; ++j) {
+                const double distance = largest - static_cast<double>(logits[j]);
+                // the difference to the maximum is itself rounded; weights below 2^-126 may be flushed to 0
+                good = good && close(row[j], std::exp(-distance) / sum, (10 + distance) * epsilon, 1.2e-38);
+            }
+            REQUIRE(good);
+        }
+    }
+}
+
+TEST_CASE("the exponential inside softmax stays within a few roundings over its whole range",
+          "[differential]") {
+    const Kernels& kernels = any_kernels();
+    constexpr std::size_t n = 20000;
+    std::vector<float> row(n);
+    for (std::size_t j = 0; j < n; ++j) row[j] = -87.3F * static_cast<float>(j) / static_cast<float>(n);
+    const std::vector<float> logits = row;
+    float lse = 0;
+    kernels.softmax(row.data(), n, &lse);
+    double sum = 0;
+    for (const float x : logits) sum += std::exp(static_cast<double>(x));
+    // The largest logit is 0, so differences are exact. Weights that end below 2^-126 lose bits: leave them
+    // out.
+    for (std::size_t j = 0; j < n; ++j) {
+        const double wanted = std::exp(static_cast<double>(logits[j])) / sum;
+        if (wanted < 1e-37) continue;
+        if (!close(row[j], wanted, 5 * epsilon, 0)) {
+            CAPTURE(simd::name_of(kernels.isa), j, logits[j], row[j], wanted);
+            FAIL("weight too far off");
+        }
+    }
+}
+
+TEST_CASE("a long row of equal logits keeps its full precision", "[property]") {
+    const Kernels& kernels = any_kernels();
+    constexpr std::size_t n = 200003;
+    std::vector<float> row(n, 7.0F);
+    float lse = 42.0F;
+    kernels.softmax(row.data(), n, &lse);
+    REQUIRE(close(lse, 7.0 + std::log(static_cast<double>(n)), 1e-7, 0));
+    bool good = true;
+    for (const float x : row) good = good && close(x, 1.0 / static_cast<double>(n), 2e-7, 0);
+    REQUIRE(good);
+}
+
+TEST_CASE("one NaN or +Inf anywhere makes a row bad: zeros and a NaN", "[property]") {
+    const Kernels& kernels = any_kernels();
+    const float positive_infinity = std::bit_cast<float>(0x7F800000U);
+    const float signed_nan = std::bit_cast<float>(0xFFC12345U);
+    for (const std::size_t n : {1U, 7U, 8U, 9U, 17U, 520U}) {
+        for (std::size_t at = 0; at < n; at += n < 20 ? 1 : 37) {
+            for (const float& bad : {quiet_nan(), signed_nan, positive_infinity}) {
+                std::vector<float> row = random_floats(n, 16);
+                row[at] = bad;
+                float lse = 42.0F;
+                kernels.softmax(row.data(), n, &lse);
+                CAPTURE(simd::name_of(kernels.isa), n, at);
+                REQUIRE(is_nan(lse));
+                REQUIRE(same_bits(row, std::vector<float>(n, 0.0F)));
+            }
+        }
+    }
+}
+
+TEST_CASE("a -Inf logit has weight 0 and changes nothing else; only -Inf gives zeros and -Inf",
+          "[property]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t n : {1U, 7U, 8U, 9U, 17U, 520U}) {
+        std::vector<float> row(n, negative_infinity());
+        float lse = 42.0F;
+        kernels.softmax(row.data(), n, &lse);
+        REQUIRE(same_bits(lse, negative_infinity()));
+        REQUIRE(same_bits(row, std::vector<float>(n, 0.0F)));
+        if (n == 1) continue;
+        for (std::size_t at = 0; at < n; at += n < 20 ? 1 : 37) {
+            row = random_floats(n, 17);
+            row[at] = -1e30F;  // far below: weight 0 as well
+            std::vector<float> infinite = row;
+            infinite[at] = negative_infinity();
+            float far_lse = 42.0F;
+            kernels.softmax(row.data(), n, &far_lse);
+            float infinite_lse = 42.0F;
+            kernels.softmax(infinite.data(), n, &infinite_lse);
+            CAPTURE(simd::name_of(kernels.isa), n, at);
+            REQUIRE(infinite[at] == 0.0F);
+            REQUIRE(same_bits(infinite_lse, far_lse));
+            REQUIRE(same_bits(infinite, row));
+        }
+    }
+}
+
+TEST_CASE("softmax takes logits at the ends of the range of float", "[property]") {
+    const Kernels& kernels = any_kernels();
+    std::vector<float> row{3e38F, -3e38F, 3e38F};
+    float lse = 0;
+    kernels.softmax(row.data(), row.size(), &lse);
+    REQUIRE(lse == 3e38F);
+    REQUIRE(row == std::vector<float>{0.5F, 0.0F, 0.5F});
+}
+
+TEST_CASE("add and maximum do what they say, and no more than n entries of it", "[differential]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t n : lengths) {
+        const std::vector<float> x = random_floats(n + 1, 18), start = random_floats(n + 1, 19);
+        std::vector<float> sum = start, largest = start;
+        kernels.add(sum.data(), x.data(), n);
+        kernels.maximum(largest.data(), x.data(), n);
+        bool good = sum[n] == start[n] && largest[n] == start[n];
+        for (std::size_t j = 0; j < n; ++j) {
+            const float wanted = x[j] + start[j];
+            good = good && sum[j] == wanted && largest[j] == std::max(x[j], start[j]);
+        }
+        CAPTURE(simd::name_of(kernels.isa), n);
+        REQUIRE(good);
+    }
+}
+
+TEST_CASE("maximum ignores a NaN that comes in", "[property]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t n : {1U, 7U, 8U, 9U, 16U}) {
+        const std::vector<float> x(n, quiet_nan());
+        std::vector<float> out = random_floats(n, 20);
+        const std::vector<float> before = out;
+        kernels.maximum(out.data(), x.data(), n);
+        REQUIRE(same_bits(out, before));
+    }
+}
+
+TEST_CASE("widening is exact for all half-precision numbers", "[differential]") {
+    const Kernels& kernels = any_kernels();
+    std::vector<float16> half(65536 + 3);
+    for (std::size_t i = 0; i < half.size(); ++i) half[i].bits = static_cast<std::uint16_t>(i);
+    std::vector<float> wide(half.size());
+    kernels.widen_f16(half.data(), wide.data(), half.size());
+    bool good = true;
+    for (std::size_t i = 0; i < half.size(); ++i) {
+        const float wanted = to_float(half[i]);
+        // a signalling NaN may come back quiet
+        good = good && (is_nan(wanted) ? is_nan(wide[i]) : same_bits(wide[i], wanted));
+    }
+    REQUIRE(good);
+}
+
+TEST_CASE("narrowing gives the bits of to_float16, ties and NaN included", "[differential]") {
+    const Kernels& kernels = any_kernels();
+    SplitMix64 random{21};
+    std::vector<float> wide;
+    for (int i = 0; i < 50000; ++i)
+        wide.push_back(std::bit_cast<float>(static_cast<std::uint32_t>(random())));
+    for (std::uint32_t half = 0; half < 0x7C00U; half += 3) {  // halves and the ties between neighbours
+        const float x = to_float(float16{static_cast<std::uint16_t>(half)});
+        const float y = to_float(float16{static_cast<std::uint16_t>(half + 1)});
+        wide.push_back(x);
+        if (is_finite(y)) wide.push_back(0.5F * x + 0.5F * y);
+    }
+    wide.push_back(65519.996F);
+    wide.push_back(65520.0F);
+    std::vector<float16> half(wide.size());
+    kernels.narrow_f16(wide.data(), half.data(), wide.size());
+    bool good = true;
+    for (std::size_t i = 0; i < wide.size(); ++i) good = good && half[i].bits == to_float16(wide[i]).bits;
+    REQUIRE(good);
+}
