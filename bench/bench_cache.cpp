@@ -58,27 +58,27 @@ void run(benchmark::State& state, const P& policy, std::size_t slack) {
     prompt(cache, token, budget);
     KVCache<Full> full = full_prompt(token).fork();
     full.reserve(budget + slack + chunk);
-    for (std::size_t more = slack / 2; more > 0; --more) step(full, token, 1);  // the middle of the cycle
     const std::size_t cycle = std::max<std::size_t>(slack + 1, 16);  // steps from one eviction to the next
     for (std::size_t i = 0; i < cycle; ++i) step(cache, token, 1);
-    Series share, attention;
+    Series policy_steps, full_steps;
     for (auto _ : state) {
-        double mine = 0, plain = 0;
+        Time mine, plain;
         for (std::size_t i = 0; i < cycle; ++i) {
-            double begin = seconds();
+            const Stopwatch watch;
             step(cache, token, 1);
-            mine += seconds() - begin;
-            begin = seconds();
+            mine += watch.elapsed();
+            const Stopwatch full_watch;
             step(full, token, 1);
-            plain += seconds() - begin;
-            full.truncate(1);
+            plain += full_watch.elapsed();
         }
-        state.SetIterationTime(mine / static_cast<double>(cycle));
-        share.add(mine / plain - 1.0);
-        attention.add(plain / static_cast<double>(cycle));
+        full.truncate(cycle);  // both caches grow alike between two evictions
+        const auto steps = static_cast<double>(cycle);
+        policy_steps.add({mine.wall / steps, mine.busy / steps}, state);
+        full_steps.add({plain.wall / steps, plain.busy / steps});
     }
-    state.counters["over_attention"] = share.middle();
-    state.counters["attention_us"] = attention.middle() * 1e6;
+    state.counters["over_attention"] = policy_steps.best() / full_steps.best() - 1.0;
+    state.counters["attention_us"] = full_steps.best() * 1e6;
+    state.counters["spread"] = policy_steps.spread();
     state.counters["kv_bytes"] = static_cast<double>(cache.bytes());
 }
 
@@ -91,7 +91,7 @@ void add_cache() {
             const std::string name = "cache/step/" + std::string(P::name) +
                                      "/heads:32x8/n:" + std::to_string(budget) +
                                      "/slack:" + std::to_string(slack);
-            add_case(name, slack > 0 ? 2 : 8,
+            add_case(name, slack > 0 ? 4 : 16,
                      [policy, slack](benchmark::State& state) { run(state, policy, slack); });
         }
     });

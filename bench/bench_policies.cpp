@@ -102,27 +102,20 @@ class Head {
     /// Calls that are too short for the clock are timed many at once.
     template <class Body>
     void time_batches(benchmark::State& state, const Body& body) const {
+        const auto run_batch = [&](std::size_t batch) {
+            const Stopwatch watch;
+            for (std::size_t i = 0; i < batch; ++i) {
+                body();
+                benchmark::ClobberMemory();
+            }
+            const Time taken = watch.elapsed();
+            return Time{taken.wall / static_cast<double>(batch), taken.busy / static_cast<double>(batch)};
+        };
         std::size_t batch = 1;
-        for (double taken = 0; taken < 20e-6 && batch < 100000; batch *= 2) {
-            const double begin = seconds();
-            for (std::size_t i = 0; i < batch; ++i) {
-                body();
-                benchmark::ClobberMemory();
-            }
-            taken = seconds() - begin;
-        }
+        while (batch < 100000 && run_batch(batch).busy * static_cast<double>(batch) < 50e-6) batch *= 2;
         Series time;
-        for (auto _ : state) {
-            const double begin = seconds();
-            for (std::size_t i = 0; i < batch; ++i) {
-                body();
-                benchmark::ClobberMemory();
-            }
-            const double taken = (seconds() - begin) / static_cast<double>(batch);
-            state.SetIterationTime(taken);
-            time.add(taken);
-        }
-        state.counters["ns_per_row"] = time.middle() * 1e9 / static_cast<double>(n_);
+        for (auto _ : state) time.add(run_batch(batch), state);
+        state.counters["ns_per_row"] = time.best() * 1e9 / static_cast<double>(n_);
         state.counters["spread"] = time.spread();
     }
 

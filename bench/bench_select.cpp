@@ -43,13 +43,11 @@ void time_each(benchmark::State& state, std::size_t n, const Body& body) {
     Series time;
     body();
     for (auto _ : state) {
-        const double begin = seconds();
+        const Stopwatch watch;
         body();
-        const double taken = seconds() - begin;
-        state.SetIterationTime(taken);
-        time.add(taken);
+        time.add(watch.elapsed(), state);
     }
-    state.counters["ns_per_row"] = time.middle() * 1e9 / static_cast<double>(n);
+    state.counters["ns_per_row"] = time.best() * 1e9 / static_cast<double>(n);
     state.counters["spread"] = time.spread();
 }
 

@@ -15,12 +15,6 @@
 
 namespace kvcull::bench {
 
-[[nodiscard]] inline double median(std::vector<double> values) {
-    const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-    std::nth_element(values.begin(), middle, values.end());
-    return *middle;
-}
-
 /// Adds one case. `body` runs `samples` iterations and sets the time of each of them itself.
 inline void add_case(const std::string& name, std::size_t samples,
                      std::function<void(benchmark::State&)> body) {
@@ -31,20 +25,33 @@ inline void add_case(const std::string& name, std::size_t samples,
         ->Unit(benchmark::kMicrosecond);
 }
 
-/// One number per sample; the middle one and the spread are reported.
+/// Times of samples. Counters compare the best busy ones, as whatever else runs on the machine only ever adds
+/// time; the table's time is the mean by the wall.
 class Series {
   public:
-    void add(double value) { values_.push_back(value); }
-    [[nodiscard]] double middle() const { return median(values_); }
+    void add(const Time& time) { values_.push_back(time); }
+    /// Adds a sample, and reports it as the time of the iteration.
+    void add(const Time& time, benchmark::State& state) {
+        add(time);
+        state.SetIterationTime(time.wall);
+    }
+    [[nodiscard]] double best() const { return sorted(&Time::busy).front(); }
+    [[nodiscard]] double best_wall() const { return sorted(&Time::wall).front(); }
     /// Half of the samples lie within this share of the middle one, a quarter above and a quarter below.
     [[nodiscard]] double spread() const {
-        std::vector<double> sorted = values_;
-        std::sort(sorted.begin(), sorted.end());
-        return (sorted[sorted.size() * 3 / 4] - sorted[sorted.size() / 4]) / median(values_);
+        const std::vector<double> busy = sorted(&Time::busy);
+        return (busy[busy.size() * 3 / 4] - busy[busy.size() / 4]) / busy[busy.size() / 2];
     }
 
   private:
-    std::vector<double> values_;
+    [[nodiscard]] std::vector<double> sorted(double Time::*clock) const {
+        std::vector<double> values;
+        for (const Time& time : values_) values.push_back(time.*clock);
+        std::sort(values.begin(), values.end());
+        return values;
+    }
+
+    std::vector<Time> values_;
 };
 
 /// Samples for about `budget` seconds of work at an estimated `each`, between `least` and `most`.

@@ -131,23 +131,23 @@ class Roofline {
   public:
     Roofline(std::string_view isa, Team& team) : limits_(limits_of(isa)), team_(&team) {}
 
-    /// Seconds to read `memory` once, each thread its part.
-    double read(std::span<const std::byte> memory) {
+    /// Time to read `memory` once, each thread its part.
+    Time read(std::span<const std::byte> memory) {
         const std::size_t part = memory.size() / 64 / team_->threads();
         return team_->run([&](std::size_t thread) {
             sink_ =
                 limits_.read(reinterpret_cast<const std::uint64_t*>(memory.data()) + 8 * thread * part, part);
         });
     }
-    /// Seconds for `count` multiply-adds over all threads, from a sample of a few milliseconds.
-    double multiply_adds(double count) {
-        constexpr std::size_t rounds = 400000;
-        const double sample = team_->run([&](std::size_t) {
+    /// Time for `count` multiply-adds over all threads, from a sample of about a millisecond.
+    Time multiply_adds(double count) {
+        constexpr std::size_t rounds = 200000;
+        const Time sample = team_->run([&](std::size_t) {
             const float sum = limits_.multiply_add(rounds);
             sink_ = static_cast<std::uint64_t>(sum);
         });
         const double done = static_cast<double>(rounds * limits_.per_round * team_->threads());
-        return sample * count / done;
+        return {sample.wall * count / done, sample.busy * count / done};
     }
 
   private:

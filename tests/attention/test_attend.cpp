@@ -22,6 +22,18 @@ using simd::Kernels;
 
 namespace {
 
+std::vector<bfloat16> to_bfloat16s(const std::vector<float>& values) {
+    std::vector<bfloat16> result;
+    for (const float x : values) result.push_back(to_bfloat16(x));
+    return result;
+}
+template <class T>
+std::vector<float> to_floats(const std::vector<T>& values) {
+    std::vector<float> result;
+    for (const T x : values) result.push_back(to_float(x));
+    return result;
+}
+
 const Kernels& any_kernels() {
     return simd::kernels_for(GENERATE(from_range(available_isas())));
 }
@@ -227,16 +239,20 @@ TEST_CASE("rows in blocks give what the same rows give in one piece, bit for bit
     }
 }
 
-TEST_CASE("half-precision rows give what their widened copy gives, bit for bit", "[property]") {
+TEST_CASE("16-bit rows give what their widened copy gives, bit for bit", "[property]") {
     const Kernels& kernels = any_kernels();
     Problem problem(5, 40, 19, 30);
     set_pattern(problem, Pattern::causal, 5);
-    const std::vector<float16> k = to_float16s(problem.k), v = to_float16s(problem.v);
-    problem.k = to_floats(k);
-    problem.v = to_floats(v);
-    REQUIRE(
-        same(problem.solve(kernels, {k.data(), DType::f16, 40, 19, 19}, {v.data(), DType::f16, 40, 30, 30}),
-             problem.solve(kernels)));
+    const auto same_as_wide = [&](DType dtype, const auto& k, const auto& v) {
+        problem.k = to_floats(k);
+        problem.v = to_floats(v);
+        CAPTURE(name_of(dtype), simd::name_of(kernels.isa));
+        REQUIRE(same(problem.solve(kernels, {k.data(), dtype, 40, 19, 19}, {v.data(), dtype, 40, 30, 30}),
+                     problem.solve(kernels)));
+    };
+    same_as_wide(DType::f16, to_float16s(problem.k), to_float16s(problem.v));
+    same_as_wide(DType::bf16, to_bfloat16s(random_floats(40 * 19, 8)),
+                 to_bfloat16s(random_floats(40 * 30, 9)));
 }
 
 TEST_CASE("what K and V hold where a row cannot see never reaches its result", "[property]") {
@@ -490,16 +506,4 @@ TEST_CASE("sizes that do not fit are errors that name the argument, and nothing 
     names("want.column_max.size()",
           [](auto& want, auto&, auto&, auto&) { want.column_max = want.column_max.first(9); });
     REQUIRE(same(results, Results(3, 10, 6)));
-}
-
-TEST_CASE("bfloat16 rows are refused by name", "[contract]") {
-    Problem problem(1, 4, 8, 8);
-    Results results(1, 4, 8);
-    const std::vector<bfloat16> rows(32);
-    const RowsView narrow(rows.data(), DType::bf16, 4, 8, 8);
-    const auto solve = [&](const RowsView& k, const RowsView& v) {
-        attend(simd::kernels(), problem.queries(), k, v, problem.visible, 1.0F, results.all());
-    };
-    REQUIRE_THROWS_AS(solve(narrow, problem.values()), error::config_error);
-    REQUIRE_THROWS_WITH(solve(problem.keys(), narrow), Catch::Contains("v") && Catch::Contains("bf16"));
 }

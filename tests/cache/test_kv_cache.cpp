@@ -159,7 +159,7 @@ bool agrees_with_rebuilt(KVCache<P>& cache, const Stream& stream, std::size_t fi
 
 TEST_CASE("attention after evictions has the bits of a cache built from the kept rows in their slot order",
           "[differential]") {
-    const DType dtype = GENERATE(DType::f32, DType::f16);
+    const DType dtype = GENERATE(DType::f32, DType::f16, DType::bf16);
     const std::size_t group = GENERATE(std::size_t{1}, 4, 7);
     const std::size_t dim = GENERATE(std::size_t{1}, 80, 128, 257);
     const std::size_t value_dim = dim == 128 ? dim : dim / 2 + 3;
@@ -287,6 +287,45 @@ TEST_CASE("a sequence state's evictions in all layers at once take nothing from 
     REQUIRE(cache.rows(1, 1) == 10);
 }
 
+TEST_CASE("what a cache reserved, no other cache on the pool can take", "[contract]") {
+    for_every_policy([](auto policy) {
+        CAPTURE(policy.name);
+        const Stream stream(small, 60, 21);
+        BlockPool pool({.block_rows = 4});
+        KVCache cache(small, policy, Budget{.tokens = 12}, pool);
+        feed(cache, stream, 0, 3);
+        const bool full = std::is_same_v<decltype(policy), Full>;
+        cache.reserve(full ? 60 : 16);
+        const std::size_t reserved = pool.bytes();
+        KVCache greedy(small, Full{}, {}, pool);  // takes all that it can get, between the layers of a step
+        const auto eat = [&] {
+            pool.set_limit(reserved);
+            REQUIRE_THROWS_AS(greedy.append(0, stream.k(0, 0, 1), stream.v(0, 0, 1)), error::capacity_error);
+        };
+        Outputs out(small, 1);
+        for (std::size_t token = 3; token < 60; ++token) {
+            for (std::size_t layer = 0; layer < 2; ++layer) {
+                cache.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1));
+                eat();
+                cache.attend(layer, stream.q(layer, token, 1), out.layer(layer));
+                eat();
+            }
+            cache.end_step();
+            eat();
+            REQUIRE(cache.bytes() - cache.evictor().bytes() == reserved);
+            REQUIRE(pool.bytes() == reserved);
+        }
+        for (const std::size_t room : {8U, 3U}) {  // nor what evictions between steps free
+            cache.make_room(full ? 0 : room);
+            eat();
+            if (!full)
+                for (std::size_t token = 0; token < 6; ++token) feed(cache, stream, token, 1);
+            eat();
+            REQUIRE(pool.bytes() == reserved);
+        }
+    });
+}
+
 TEST_CASE("bytes and their peak are what the pool counts", "[property]") {
     const std::size_t block_rows = GENERATE(std::size_t{1}, 4, 16);
     const bool ordered = GENERATE(true, false);
@@ -299,11 +338,21 @@ TEST_CASE("bytes and their peak are what the pool counts", "[property]") {
         KVCache cache(small, policy, Budget{.tokens = 10}, pool);
         REQUIRE(cache.bytes() == 0);
         std::size_t peak = 0, next = 0;
+        // What the step leaves in the end, and one layer before it has evicted.
         const auto step = [&](std::size_t count) {
-            std::size_t before = 0;
-            for (std::size_t i = 0; i < 4; ++i)
-                before += blocks_of(cache.rows(i / 2, i % 2) + count, block_rows) * block;
-            peak = std::max(peak, before);
+            std::size_t blocks = 0, passing = 0;
+            for (std::size_t layer = 0; layer < 2; ++layer) {
+                std::size_t before = 0, whole = 0, after = 0;
+                for (std::size_t head = 0; head < 2; ++head) {
+                    const std::size_t rows = cache.rows(layer, head);
+                    before += blocks_of(rows, block_rows);
+                    whole += blocks_of(rows + count, block_rows);
+                    after += blocks_of(std::min<std::size_t>(rows + count, 10), block_rows);
+                }
+                blocks += std::max(before, after);
+                passing = std::max(passing, whole - std::max(before, after));
+            }
+            peak = std::max(peak, (blocks + passing) * block);
             feed(cache, stream, next, count);
             next += count;
         };
@@ -716,17 +765,25 @@ struct Script {
 
     using Call = std::function<void(Script&)>;
     static void step(std::vector<Call>& calls, std::size_t first, std::size_t count) {
-        for (std::size_t layer = 0; layer < 2; ++layer) {
+        // Most steps layer by layer, those of two tokens with all appends first.
+        const auto append = [&](std::size_t layer) {
             calls.push_back([=](Script& s) {
                 s.cache.append(layer, s.stream.k(layer, first, count), s.stream.v(layer, first, count),
                                {.log_beta = {s.stream.k(layer, first, count).data, 2, count}});
             });
+        };
+        const auto attend = [&](std::size_t layer) {
             calls.push_back([=](Script& s) {
                 Outputs out(small, count);
                 s.cache.attend(layer, s.stream.q(layer, first, count), out.layer(layer));
                 s.outputs.insert(s.outputs.end(), out.values.begin(), out.values.end());
             });
-        }
+        };
+        append(0);
+        if (count == 2) append(1);
+        attend(0);
+        if (count != 2) append(1);
+        attend(1);
         calls.push_back([=](Script& s) {
             const std::vector<std::int32_t> ids(count, 3);
             s.cache.end_step({ids, {s.stream.k(0, first, count).data, count, 1}});
@@ -829,6 +886,62 @@ TEST_CASE("when the pool is exhausted, the call throws and nothing has changed, 
     run(LaqLike{});
     run(TrimDynamicLike{});
     run(SkipLike{});
+}
+
+TEST_CASE("the layers of a step may come in any order", "[property]") {
+    const CacheShape shape{.layers = 3, .q_heads = 4, .kv_heads = 2, .head_dim = 8};
+    const Stream stream(shape, 120, 22);
+    // One call; `order` names each layer twice: to append, then to attend.
+    const auto feed_in = [&](auto& cache, std::size_t first, std::size_t count,
+                             const std::vector<std::size_t>& order) {
+        Outputs out(shape, count);
+        std::vector<bool> appended(3, false);
+        for (const std::size_t layer : order) {
+            if (!appended[layer])
+                cache.append(layer, stream.k(layer, first, count), stream.v(layer, first, count));
+            else
+                cache.attend(layer, stream.q(layer, first, count), out.layer(layer));
+            appended[layer] = true;
+        }
+        cache.end_step();
+        return std::move(out.values);
+    };
+    const auto run = [&](auto policy) {
+        for (const std::vector<std::size_t>& order : {std::vector<std::size_t>{2, 2, 1, 1, 0, 0},
+                                                      {0, 1, 2, 0, 1, 2},
+                                                      {0, 1, 2, 2, 1, 0},
+                                                      {1, 0, 0, 2, 1, 2}}) {
+            CAPTURE(policy.name, order);
+            BlockPool pool({.block_rows = 4});
+            KVCache cache(shape, policy, Budget{.tokens = 10}, pool),
+                twin(shape, policy, Budget{.tokens = 10});
+            // Layer 0 has more rows than may stay, the first of which a fork shares; in the others a probe
+            // has evicted already where the policy does that.
+            const auto prepare = [&](auto& one, bool share) {
+                std::vector<std::decay_t<decltype(one)>> forks;
+                one.hold(true);
+                feed(one, stream, 0, 12);
+                if (share) forks.push_back(one.fork());
+                feed(one, stream, 12, 38);
+                one.hold(false);
+                Outputs out(shape, 1);
+                for (std::size_t layer = 1; layer < 3; ++layer)
+                    one.probe(layer, stream.q(layer, 80, 1), stream.k(layer, 80, 1), stream.v(layer, 80, 1),
+                              out.layer(layer));
+                return forks;
+            };
+            const auto forks = prepare(cache, true);
+            prepare(twin, false);
+            std::size_t first = 50;
+            for (const std::size_t count : {9U, 1U, 17U, 1U, 1U}) {
+                REQUIRE(same_bits(feed_in(cache, first, count, order), feed(twin, stream, first, count)));
+                first += count;
+            }
+            REQUIRE(Snapshot(cache).same_rows(Snapshot(twin)));
+            REQUIRE(forks[0].rows(2, 1) == 12);
+        }
+    };
+    for_every_policy(run);
 }
 
 TEST_CASE("a cache may be moved, with its marks and a pool of its own", "[contract]") {

@@ -195,6 +195,24 @@ TEST_CASE("a window counts the last rows of a prompt's last call and every decod
     }
 }
 
+TEST_CASE("a call that is computed in several tiles counts every row once", "[differential]") {
+    const std::size_t tokens = 150;
+    const Stream stream = random_stream(small, tokens, 18);
+    KVCache all(small, H2O{}, roomy), window(small, H2O{.window = 100}, roomy);
+    KVCache vatp(small, Vatp{}, roomy);
+    feed_prompt(all, stream, 0, tokens, tokens);
+    feed_prompt(window, stream, 0, tokens, tokens);
+    feed_prompt(vatp, stream, 0, tokens, tokens);
+    for (std::size_t h = 0; h < small.kv_heads; ++h) {
+        std::vector<double> mass = received(stream, h, 0);
+        CHECK(near(all.scores(0, h), mass));
+        CHECK(near(window.scores(0, h), received(stream, h, tokens - 100)));
+        for (std::size_t j = 0; j < tokens; ++j)
+            mass[j] *= static_cast<double>(vatp.evictor().state(0, h).value_norm[j]);
+        CHECK(near(vatp.scores(0, h), mass));
+    }
+}
+
 TEST_CASE("by_queries divides by the number of rows that could see a token", "[differential]") {
     const Stream stream = random_stream(small, 30, 5);
     KVCache cache(small, H2O{.by_queries = true}, roomy);

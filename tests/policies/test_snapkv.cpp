@@ -120,6 +120,14 @@ TEST_CASE("votes are the window's mean attention, reduced over the group and poo
             }
 }
 
+TEST_CASE("a window of several tiles votes like any other", "[differential]") {
+    const Stream stream = random_stream(single, 150, 20);
+    const std::size_t window = 100;
+    const std::vector<double> want = votes(stream, window)[0];
+    const std::vector<float> got = scores({.window = window, .kernel = 1}, stream);
+    CHECK(near(std::span(got).first(50), std::span(want).first(50)));
+}
+
 TEST_CASE("the window, the sinks and the best candidates stay", "[property]") {
     const Stream stream = random_stream(small, n, 2);
     const SnapKV policy{.window = 6, .kernel = 3, .sinks = 4};

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__)
@@ -46,6 +47,23 @@ struct Padded {
     float* row(std::size_t j) { return data() + j * stride; }
 };
 
+/// 16-bit rows: the same numbers rounded to a type, beside their exact floats.
+template <class T>
+struct Narrow {
+    std::vector<T> rows;
+    std::vector<float> wide;
+
+    explicit Narrow(const std::vector<float>& values) {
+        for (const float x : values) {
+            if constexpr (std::is_same_v<T, float16>)
+                rows.push_back(to_float16(x));
+            else
+                rows.push_back(to_bfloat16(x));
+            wide.push_back(to_float(rows.back()));
+        }
+    }
+};
+
 /// The kernels of every instruction set that this machine has, one after the other.
 const Kernels& any_kernels() {
     return simd::kernels_for(GENERATE(from_range(available_isas())));
@@ -63,6 +81,7 @@ TEST_CASE("an instruction set is found by its name, and an unknown name lists th
         REQUIRE(message.find("sse9") != std::string::npos);
         REQUIRE(message.find("scalar") != std::string::npos);
         REQUIRE(message.find("avx2") != std::string::npos);
+        REQUIRE(message.find("avx512") != std::string::npos);
     }
 }
 
@@ -71,6 +90,8 @@ TEST_CASE("a cap lowers the choice and never raises it", "[contract]") {
     REQUIRE(simd::capped(Isa::avx2, "") == Isa::avx2);
     REQUIRE(simd::capped(Isa::avx2, "scalar") == Isa::scalar);
     REQUIRE(simd::capped(Isa::scalar, "avx2") == Isa::scalar);
+    REQUIRE(simd::capped(Isa::avx512, "avx2") == Isa::avx2);
+    REQUIRE(simd::capped(Isa::avx2, "avx512") == Isa::avx2);
     REQUIRE_THROWS_AS(simd::capped(Isa::avx2, "fast"), error::config_error);
 }
 
@@ -129,19 +150,26 @@ TEST_CASE("a dot depends neither on the group, nor on the rows beside it, nor on
     for (const std::size_t dim : {1U, 8U, 13U, 80U, 128U}) {
         constexpr std::size_t group = 11, rows = 150;  // more than one chunk of rows at dim 128
         Padded q(group, dim, 3), k(rows, dim, 4);
-        const std::vector<float16> half = to_float16s(random_floats(rows * dim, 5));
-        std::vector<float> all(group * rows), all_half(group * rows), one(1);
+        const Narrow<float16> half(random_floats(rows * dim, 5));
+        const Narrow<bfloat16> brain(random_floats(rows * dim, 5));
+        std::vector<float> all(group * rows), all_half(group * rows), all_brain(group * rows), one(1);
         kernels.dots_f32(q.data(), q.stride, group, k.data(), k.stride, rows, dim, 0.3F, all.data(), rows);
-        kernels.dots_f16(q.data(), q.stride, group, half.data(), dim, rows, dim, 0.3F, all_half.data(), rows);
+        kernels.dots_f16(q.data(), q.stride, group, half.rows.data(), dim, rows, dim, 0.3F, all_half.data(),
+                         rows);
+        kernels.dots_bf16(q.data(), q.stride, group, brain.rows.data(), dim, rows, dim, 0.3F,
+                          all_brain.data(), rows);
         CAPTURE(simd::name_of(kernels.isa), dim);
         bool same = true;
         for (std::size_t g = 0; g < group; ++g) {
             for (std::size_t j = 0; j < rows; ++j) {
                 kernels.dots_f32(q.row(g), q.stride, 1, k.row(j), k.stride, 1, dim, 0.3F, one.data(), 1);
                 same = same && same_bits(one[0], all[g * rows + j]);
-                kernels.dots_f16(q.row(g), q.stride, 1, half.data() + j * dim, dim, 1, dim, 0.3F, one.data(),
-                                 1);
+                kernels.dots_f16(q.row(g), q.stride, 1, half.rows.data() + j * dim, dim, 1, dim, 0.3F,
+                                 one.data(), 1);
                 same = same && same_bits(one[0], all_half[g * rows + j]);
+                kernels.dots_bf16(q.row(g), q.stride, 1, brain.rows.data() + j * dim, dim, 1, dim, 0.3F,
+                                  one.data(), 1);
+                same = same && same_bits(one[0], all_brain[g * rows + j]);
             }
         }
         REQUIRE(same);
@@ -156,23 +184,51 @@ TEST_CASE("a dot depends neither on the group, nor on the rows beside it, nor on
     }
 }
 
-TEST_CASE("half-precision rows give what their widened copy gives, bit for bit", "[property]") {
+TEST_CASE("16-bit rows give what their widened copy gives, bit for bit", "[property]") {
     const Kernels& kernels = any_kernels();
+    constexpr std::size_t rows = 19;
     for (const std::size_t dim : lengths) {
-        for (const std::size_t group : {1U, 4U, 7U}) {
-            constexpr std::size_t rows = 19;
-            const std::vector<float16> half = to_float16s(random_floats(rows * dim, 6));
-            const std::vector<float> wide = to_floats(half);
+        for (const std::size_t group : {1U, 2U, 3U, 4U, 7U}) {
+            const Narrow<float16> half(random_floats(rows * dim, 6));
+            const Narrow<bfloat16> brain(random_floats(rows * dim, 6));
             const std::vector<float> q = random_floats(group * dim, 7), w = random_floats(group * rows, 8);
-            std::vector<float> x(group * rows), y(group * rows), a(group * dim, 0.5F), b(group * dim, 0.5F);
-            kernels.dots_f32(q.data(), dim, group, wide.data(), dim, rows, dim, 0.5F, x.data(), rows);
-            kernels.dots_f16(q.data(), dim, group, half.data(), dim, rows, dim, 0.5F, y.data(), rows);
-            kernels.weighted_sum_f32(w.data(), rows, group, wide.data(), dim, rows, dim, a.data(), dim);
-            kernels.weighted_sum_f16(w.data(), rows, group, half.data(), dim, rows, dim, b.data(), dim);
+            const auto logits = [&](const auto& dots, const auto& k) {
+                std::vector<float> out(group * rows);
+                dots(q.data(), dim, group, k.data(), dim, rows, dim, 0.5F, out.data(), rows);
+                return out;
+            };
+            const auto output = [&](const auto& weighted_sum, const auto& v) {
+                std::vector<float> out(group * dim, 0.5F);
+                weighted_sum(w.data(), rows, group, v.data(), dim, rows, dim, out.data(), dim);
+                return out;
+            };
             CAPTURE(simd::name_of(kernels.isa), dim, group);
-            REQUIRE(same_bits(x, y));
-            REQUIRE(same_bits(a, b));
+            REQUIRE(same_bits(logits(kernels.dots_f16, half.rows), logits(kernels.dots_f32, half.wide)));
+            REQUIRE(same_bits(logits(kernels.dots_bf16, brain.rows), logits(kernels.dots_f32, brain.wide)));
+            REQUIRE(same_bits(output(kernels.weighted_sum_f16, half.rows),
+                              output(kernels.weighted_sum_f32, half.wide)));
+            REQUIRE(same_bits(output(kernels.weighted_sum_bf16, brain.rows),
+                              output(kernels.weighted_sum_f32, brain.wide)));
         }
+    }
+}
+
+TEST_CASE("rows with gaps give what rows without gaps give, bit for bit", "[property]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t dim : {8U, 24U, 33U, 128U}) {
+        constexpr std::size_t rows = 37, group = 4;
+        Padded gaps(rows, dim, 9);
+        std::vector<float> dense;
+        for (std::size_t j = 0; j < rows; ++j) dense.insert(dense.end(), gaps.row(j), gaps.row(j) + dim);
+        const std::vector<float> q = random_floats(group * dim, 10), w = random_floats(group * rows, 11);
+        const auto both = [&](const float* x, std::size_t stride) {
+            std::vector<float> out(group * (rows + dim));
+            kernels.dots_f32(q.data(), dim, group, x, stride, rows, dim, 1.0F, out.data(), rows);
+            kernels.weighted_sum_f32(w.data(), rows, group, x, stride, rows, dim, out.data() + group * rows,
+                                     dim);
+            return out;
+        };
+        REQUIRE(same_bits(both(gaps.data(), gaps.stride), both(dense.data(), dim)));
     }
 }
 
@@ -265,6 +321,12 @@ TEST_CASE("no kernel touches the page behind its last element", "[property]") {
         kernels.widen_f16(f16, wide.data(), rows * dim);
         kernels.narrow_f16(wide.data(), f16, rows * dim);
         REQUIRE(to_float(f16[rows * dim - 1]) == 0.5F);
+        bfloat16* const bf16 = reinterpret_cast<bfloat16*>(end) - rows * dim;
+        kernels.narrow_bf16(wide.data(), bf16, rows * dim);
+        kernels.dots_bf16(q.data(), dim, group, bf16, dim, rows, dim, 1.0F, logits.data(), rows);
+        kernels.weighted_sum_bf16(logits.data(), rows, group, bf16, dim, rows, dim, out.data(), dim);
+        kernels.widen_bf16(bf16, wide.data(), rows * dim);
+        REQUIRE(wide[rows * dim - 1] == 0.5F);
     }
     munmap(memory, 2 * page);
 }
@@ -273,7 +335,7 @@ TEST_CASE("no kernel touches the page behind its last element", "[property]") {
 TEST_CASE("softmax agrees with a double reference and gives the log-sum-exp", "[differential]") {
     const Kernels& kernels = any_kernels();
     std::vector<std::size_t> sizes = lengths;
-    sizes.insert(sizes.end(), {511, 513, 519, 520, 521, 1024, 1030});
+    sizes.insert(sizes.end(), {511, 513, 519, 520, 521, 1023, 1024, 1025, 1030, 1039, 1040, 2050});
     for (const std::size_t n : sizes) {
         for (const float scale : {0.1F, 3.0F, 30.0F}) {
             std::vector<float> row = random_floats(n + 2, 15, scale);
@@ -409,6 +471,22 @@ TEST_CASE("add and maximum do what they say, and no more than n entries of it", 
     }
 }
 
+TEST_CASE("adding rows at once gives what adding them one after the other gives, bit for bit", "[property]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t n : lengths) {
+        for (const std::size_t rows : {0U, 1U, 4U, 7U, 8U, 9U, 30U}) {
+            Padded x(rows, n, 22);
+            const std::vector<float> start = random_floats(n + 1, 23);
+            std::vector<float> at_once = start, one_by_one = start;
+            kernels.add_rows(at_once.data(), x.data(), x.stride, rows, n);
+            for (std::size_t r = 0; r < rows; ++r)
+                for (std::size_t j = 0; j < n; ++j) one_by_one[j] += x.row(r)[j];
+            CAPTURE(simd::name_of(kernels.isa), n, rows);
+            REQUIRE(same_bits(at_once, one_by_one));
+        }
+    }
+}
+
 TEST_CASE("maximum ignores a NaN that comes in", "[property]") {
     const Kernels& kernels = any_kernels();
     for (const std::size_t n : {1U, 7U, 8U, 9U, 16U}) {
@@ -420,22 +498,26 @@ TEST_CASE("maximum ignores a NaN that comes in", "[property]") {
     }
 }
 
-TEST_CASE("widening is exact for all half-precision numbers", "[differential]") {
+TEST_CASE("widening is exact for all 16-bit numbers", "[differential]") {
     const Kernels& kernels = any_kernels();
-    std::vector<float16> half(65536 + 3);
-    for (std::size_t i = 0; i < half.size(); ++i) half[i].bits = static_cast<std::uint16_t>(i);
-    std::vector<float> wide(half.size());
-    kernels.widen_f16(half.data(), wide.data(), half.size());
-    bool good = true;
-    for (std::size_t i = 0; i < half.size(); ++i) {
-        const float wanted = to_float(half[i]);
-        // a signalling NaN may come back quiet
-        good = good && (is_nan(wanted) ? is_nan(wide[i]) : same_bits(wide[i], wanted));
-    }
-    REQUIRE(good);
+    const auto exact = [](const auto& widen, auto type) {
+        std::vector<decltype(type)> narrow(65536 + 3);
+        for (std::size_t i = 0; i < narrow.size(); ++i) narrow[i].bits = static_cast<std::uint16_t>(i);
+        std::vector<float> wide(narrow.size());
+        widen(narrow.data(), wide.data(), narrow.size());
+        bool good = true;
+        for (std::size_t i = 0; i < narrow.size(); ++i) {
+            const float wanted = to_float(narrow[i]);
+            // a signalling NaN may come back quiet
+            good = good && (is_nan(wanted) ? is_nan(wide[i]) : same_bits(wide[i], wanted));
+        }
+        return good;
+    };
+    REQUIRE(exact(kernels.widen_f16, float16{}));
+    REQUIRE(exact(kernels.widen_bf16, bfloat16{}));
 }
 
-TEST_CASE("narrowing gives the bits of to_float16, ties and NaN included", "[differential]") {
+TEST_CASE("narrowing gives the bits of to_float16 and to_bfloat16, ties and NaN included", "[differential]") {
     const Kernels& kernels = any_kernels();
     SplitMix64 random{21};
     std::vector<float> wide;
@@ -447,11 +529,18 @@ TEST_CASE("narrowing gives the bits of to_float16, ties and NaN included", "[dif
         wide.push_back(x);
         if (is_finite(y)) wide.push_back(0.5F * x + 0.5F * y);
     }
+    for (std::uint32_t brain = 0; brain < 0x10000U; brain += 7)  // bfloat16 numbers and ties of both kinds
+        for (const std::uint32_t low : {0U, 0x7FFFU, 0x8000U, 0x8001U})
+            wide.push_back(std::bit_cast<float>(brain << 16U | low));
     wide.push_back(65519.996F);
     wide.push_back(65520.0F);
     std::vector<float16> half(wide.size());
     kernels.narrow_f16(wide.data(), half.data(), wide.size());
     bool good = true;
     for (std::size_t i = 0; i < wide.size(); ++i) good = good && half[i].bits == to_float16(wide[i]).bits;
+    REQUIRE(good);
+    std::vector<bfloat16> brain(wide.size());
+    kernels.narrow_bf16(wide.data(), brain.data(), wide.size());
+    for (std::size_t i = 0; i < wide.size(); ++i) good = good && brain[i].bits == to_bfloat16(wide[i]).bits;
     REQUIRE(good);
 }

@@ -2,9 +2,7 @@
 /// The battery that every policy must pass, through KVCache and through Evictor on foreign buffers.
 
 #include <algorithm>
-#include <bit>
 #include <cstddef>
-#include <cstdint>
 #include <set>
 #include <span>
 #include <string>
@@ -15,6 +13,7 @@
 #include "support/catch.hpp"
 #include "support/engine.hpp"
 #include "support/reference.hpp"
+#include "support/snapshot.hpp"
 
 namespace kvcull::test {
 
@@ -32,97 +31,6 @@ struct Promises {
     /// Below this head_dim scores tie, and the order of rounding decides.
     std::size_t tie_free_dim = 1;
 };
-
-/// Everything observable of a cache: rows in slot order, bit for bit, and the policy's scores.
-struct Snapshot {
-    std::vector<std::size_t> rows;
-    std::vector<position_t> positions;
-    std::vector<std::uint32_t> bits;
-
-    friend bool operator==(const Snapshot&, const Snapshot&) = default;
-};
-template <class Cache>
-Snapshot snapshot(Cache& cache) {
-    Snapshot all;
-    const auto add = [&](std::span<const float> numbers) {
-        for (const float& x : numbers) all.bits.push_back(std::bit_cast<std::uint32_t>(x));
-    };
-    for (std::size_t layer = 0; layer < cache.shape().layers; ++layer)
-        for (std::size_t h = 0; h < cache.shape().kv_heads; ++h) {
-            const HeadView held = cache.view(layer, h);
-            all.rows.push_back(held.rows());
-            std::vector<float> row(std::max(held.k.dim(), held.v.dim()));
-            for (std::size_t j = 0; j < held.rows(); ++j) {
-                all.positions.push_back(held.position[j]);
-                held.k.widen(j, row);
-                add({row.data(), held.k.dim()});
-                held.v.widen(j, row);
-                add({row.data(), held.v.dim()});
-            }
-            add(cache.scores(layer, h));
-        }
-    return all;
-}
-
-/// Positions of every head, ascending.
-template <class Cache>
-std::vector<std::vector<position_t>> all_positions(const Cache& cache) {
-    std::vector<std::vector<position_t>> all;
-    for (std::size_t layer = 0; layer < cache.shape().layers; ++layer)
-        for (std::size_t h = 0; h < cache.shape().kv_heads; ++h)
-            all.push_back(positions_of(cache.view(layer, h)));
-    return all;
-}
-
-/// Every array of every state has as many rows as its head.
-template <class Cache>
-bool states_fit(const Cache& cache) {
-    bool fit = true;
-    for (std::size_t layer = 0; layer < cache.shape().layers; ++layer)
-        for (std::size_t h = 0; h < cache.shape().kv_heads; ++h) {
-            auto state = cache.evictor().state(layer, h);
-            detail::for_each_array(
-                state, [&](const auto& array) { fit = fit && array.rows() == cache.view(layer, h).rows(); });
-        }
-    return fit;
-}
-
-/// Every row is the stream's row of its position, bit for bit.
-template <class Cache>
-bool rows_are_copies(const Cache& cache, const Stream& stream) {
-    for (std::size_t layer = 0; layer < stream.shape.layers; ++layer)
-        for (std::size_t h = 0; h < stream.shape.kv_heads; ++h) {
-            const HeadView held = cache.view(layer, h);
-            std::vector<float> k(held.k.dim()), v(held.v.dim());
-            for (std::size_t j = 0; j < held.rows(); ++j) {
-                const auto token = static_cast<std::size_t>(held.position[j]);
-                held.k.widen(j, k);
-                held.v.widen(j, v);
-                if (!same_bits(k, std::span(stream.keys(layer, token, 1).row(h, 0), k.size())) ||
-                    !same_bits(v, std::span(stream.values(layer, token, 1).row(h, 0), v.size())))
-                    return false;
-            }
-        }
-    return true;
-}
-
-/// KV head h of the result is head order[h], with its group of query heads.
-inline Stream permute_heads(const Stream& stream, std::span<const std::size_t> order) {
-    Stream result = stream;
-    const CacheShape& shape = stream.shape;
-    const auto copy = [&](const std::vector<float>& from, std::vector<float>& to, std::size_t each,
-                          std::size_t dim) {
-        const std::size_t block = each * stream.tokens * dim;
-        for (std::size_t layer = 0; layer < shape.layers; ++layer)
-            for (std::size_t h = 0; h < shape.kv_heads; ++h)
-                std::copy_n(from.data() + (layer * shape.kv_heads + order[h]) * block, block,
-                            to.data() + (layer * shape.kv_heads + h) * block);
-    };
-    copy(stream.q, result.q, shape.group(), shape.head_dim);
-    copy(stream.k, result.k, 1, shape.head_dim);
-    copy(stream.v, result.v, 1, shape.values());
-    return result;
-}
 
 namespace conformance {
 
@@ -160,16 +68,37 @@ inline bool sound(const HeadPlan& plan, const HeadView& head, std::size_t size, 
                        [&](position_t p) { return positions.contains(p); });
 }
 
+/// The case that most checks run: its cache, its budget, its sequence.
+template <Policy P>
+struct Setup {
+    P policy;
+    Promises promises;
+    Budget budget{.tokens = promises.budget};
+    CacheShape shape{.layers = 2, .q_heads = 6, .kv_heads = 3, .head_dim = 16};
+    Stream stream = random_stream(shape, prompt + decoded, 5);
+
+    [[nodiscard]] bool evicts() const { return promises.evictions > 0; }
+    [[nodiscard]] KVCache<P> cache(BlockPool& pool) const { return {shape, policy, budget, pool}; }
+    [[nodiscard]] Engine<P> engine() const { return {shape, policy, budget}; }
+    /// Calls `use(cache)` for every driver on every instruction set.
+    template <class Use>
+    void for_each_driver(const Use& use) const {
+        test::for_each_driver(shape, policy, budget, [&](auto& cache, const std::string& driver) {
+            CAPTURE(driver);
+            use(cache);
+        });
+    }
+};
+
 /// Runs the sequence on foreign buffers and looks at every plan and at every state after every call.
 template <Policy P>
-void check_plans(const P& policy, const Promises& promises, const CacheShape& shape, const Budget& budget,
-                 bool ascending) {
+void check_run(const Setup<P>& with, const CacheShape& shape, const Budget& budget, bool ascending) {
     const Stream stream = random_stream(shape, prompt + decoded, 11);
-    Engine<P> engine(shape, policy, budget, ascending);
+    Engine<P> engine(shape, with.policy, budget, ascending);
     std::vector<std::size_t> evictions(shape.heads());
     bool good = true;
     engine.on_plan = [&](const HeadPlan& plan, const HeadView& head) {
-        Protected protect = protected_rows(policy, budget.tokens);
+        Protected protect = protected_rows(with.policy, budget.tokens);
         protect.sinks = std::max(protect.sinks, budget.sinks);
         protect.recent = std::max(protect.recent, budget.recent);
         good = good && sound(plan, head, budget.tokens, protect);
@@ -179,8 +108,8 @@ void check_plans(const P& policy, const Promises& promises, const CacheShape& sh
         good = good && states_fit(engine) && engine.gaps_are_untouched();
         for (std::size_t layer = 0; layer < shape.layers && at_budget; ++layer)
             for (std::size_t h = 0; h < shape.kv_heads; ++h) {
-                good = good && engine.rows(layer, h) ==
-                                   (promises.evictions > 0 ? std::min(seen, budget.tokens) : seen);
+                const std::size_t want = with.evicts() ? std::min(seen, budget.tokens) : seen;
+                good = good && engine.rows(layer, h) == want;
             }
     };
     engine.begin_prompt(prompt);
@@ -192,11 +121,11 @@ void check_plans(const P& policy, const Promises& promises, const CacheShape& sh
     check(prompt, true);
     for (std::size_t at = prompt; at < prompt + decoded; ++at) {
         feed(engine, stream, at, 1);
-        check(at + 1, promises.while_decoding);
+        check(at + 1, with.promises.while_decoding);
     }
     CHECK(good);
     CHECK(rows_are_copies(engine, stream));
-    for (const std::size_t count : evictions) CHECK(count >= promises.evictions);
+    for (const std::size_t count : evictions) CHECK(count >= with.promises.evictions);
 }
 
 /// A call that must throw `Error`.
@@ -205,7 +134,7 @@ void refuses(const Call& call) {
     CHECK_THROWS_AS(call(), Error);
 }
 
-/// Layers differ in nothing; heads of one layer end with different sizes.
+/// A budget rule whose heads end with different sizes.
 struct Uneven {
     static void layer_sizes(std::size_t mean, std::size_t /*prompt*/, Protected /*policy*/,
                             std::span<std::size_t> out) {
@@ -218,290 +147,346 @@ struct Uneven {
 };
 static_assert(HeadBudgetRule<Uneven>);
 
+template <Policy P>
+void check_plans(const Setup<P>& with) {
+    for (const CacheShape& shape : shapes())
+        for (const bool ascending : {false, true}) {
+            CAPTURE(shape.q_heads, shape.kv_heads, shape.head_dim, ascending);
+            check_run(with, shape, with.budget, ascending);
+            if (with.evicts())
+                check_run(with, shape, {.tokens = with.promises.budget, .sinks = 2, .recent = 3}, ascending);
+        }
+}
+
+template <Policy P>
+void check_drivers_agree(const Setup<P>& with) {
+    for (const CacheShape& shape : shapes()) {
+        CAPTURE(shape.q_heads, shape.kv_heads, shape.head_dim);
+        if (shape.head_dim < with.promises.tie_free_dim) continue;
+        const Stream numbers = random_stream(shape, prompt + decoded, 17);
+        std::vector<std::vector<std::vector<position_t>>> want;
+        std::vector<float> want_out;
+        for_each_driver(shape, with.policy, with.budget, [&](auto& cache, const std::string& driver) {
+            CAPTURE(driver);
+            std::vector<std::vector<std::vector<position_t>>> held;
+            feed_prompt(cache, numbers, 0, prompt, chunk);
+            held.push_back(all_positions(cache));
+            std::vector<float> out;
+            for (std::size_t at = prompt; at < prompt + decoded; ++at) {
+                const std::vector<float> one = feed(cache, numbers, at, 1);
+                out.insert(out.end(), one.begin(), one.end());
+                held.push_back(all_positions(cache));
+            }
+            if (want.empty()) {
+                want = held;
+                want_out = out;
+            }
+            CHECK((held == want));
+            CHECK(rows_are_copies(cache, numbers));
+            bool near = out.size() == want_out.size();
+            for (std::size_t i = 0; near && i < out.size(); ++i)
+                near = close(out[i], static_cast<double>(want_out[i]), 1e-4, 1e-5);
+            CHECK(near);
+        });
+    }
+}
+
+template <Policy P>
+void check_full_budget(const Setup<P>& with) {
+    with.for_each_driver([&](auto& cache) {
+        feed_prompt(cache, with.stream, 0, with.promises.budget, 5);
+        const Snapshot before = snapshot(cache);
+        std::vector<position_t> order;
+        for (std::size_t i = 0; i < with.shape.heads(); ++i)
+            for (std::size_t j = 0; j < with.promises.budget; ++j)
+                order.push_back(static_cast<position_t>(j));
+        CHECK((before.positions == order));
+        CHECK(rows_are_copies(cache, with.stream));
+        cache.make_room(0);
+        CHECK((snapshot(cache) == before));
+    });
+}
+
+template <Policy P>
+void check_no_budget(const Setup<P>& with) {
+    BlockPool pool;
+    if (with.evicts()) {
+        refuses<error::config_error>([&] { KVCache cache(with.shape, with.policy, Budget{}, pool); });
+        refuses<error::config_error>([&] { Engine<P> engine(with.shape, with.policy, Budget{}); });
+    } else {
+        KVCache cache(with.shape, with.policy, Budget{}, pool);
+        run(cache, with.stream);
+        CHECK(cache.rows(0, 0) == prompt + decoded);
+    }
+}
+
+template <Policy P>
+void check_empty(const Setup<P>& with) {
+    with.for_each_driver([&](auto& cache) {
+        CHECK(cache.scores(1, 2).empty());
+        for (const bool announced : {true, false}) feed_prompt(cache, with.stream, 0, 0, 1, announced);
+        cache.make_room(1);
+        CHECK(cache.rows(0, 0) == 0);
+        feed_decode(cache, with.stream, 0, prompt);
+        CHECK(cache.rows(1, 2) >= std::min(prompt, with.promises.budget));
+        CHECK(states_fit(cache));
+    });
+}
+
+template <Policy P>
+void check_permuted_heads(const Setup<P>& with) {
+    if (with.promises.heads_are_alike && scope_of(with.policy) == Scope::head) {
+        const std::vector<std::size_t> order{2, 0, 1};
+        const Stream permuted = permute_heads(with.stream, order);
+        BlockPool pool;
+        KVCache<P> cache = with.cache(pool), other = with.cache(pool);
+        run(cache, with.stream);
+        run(other, permuted);
+        for (std::size_t layer = 0; layer < with.shape.layers; ++layer)
+            for (std::size_t h = 0; h < with.shape.kv_heads; ++h)
+                CHECK((other.positions(layer, h) == cache.positions(layer, order[h])));
+    }
+}
+
+template <Policy P>
+void check_scoring(const Setup<P>& with) {
+    BlockPool pool;
+    KVCache<P> cache = with.cache(pool), asked = with.cache(pool);
+    run(cache, with.stream);
+    asked.begin_prompt(prompt);
+    for (std::size_t at = 0; at < prompt + decoded;) {
+        const std::size_t count = at < prompt ? std::min(chunk, prompt - at) : 1;
+        feed(asked, with.stream, at, count);
+        at += count;
+        const std::vector<float> first = asked.scores(1, 0), second = asked.scores(1, 0);
+        CHECK(same_bits(first, second));
+        if (at == prompt) asked.end_prompt();
+    }
+    CHECK((snapshot(asked) == snapshot(cache)));
+}
+
+template <Policy P>
+void check_forks(const Setup<P>& with) {
+    BlockPool pool;
+    KVCache<P> alone = with.cache(pool), parent = with.cache(pool);
+    const Stream other = random_stream(with.shape, prompt + decoded, 77);
+    run(alone, with.stream);
+    feed_prompt(parent, with.stream, 0, prompt, chunk);
+    feed_decode(parent, with.stream, prompt, prompt + 7);
+    KVCache twin = parent.fork(), stranger = parent.fork();
+    const std::vector<float> strange = feed_decode(stranger, other, prompt + 7, prompt + decoded);
+    const std::vector<float> out = feed_decode(parent, with.stream, prompt + 7, prompt + decoded);
+    CHECK_FALSE(same_bits(strange, out));
+    CHECK(same_bits(feed_decode(twin, with.stream, prompt + 7, prompt + decoded), out));
+    CHECK((snapshot(parent) == snapshot(alone)));
+    CHECK((snapshot(twin) == snapshot(alone)));
+
+    Engine<P> engine = with.engine(), reference = with.engine();
+    run(reference, with.stream);
+    feed_prompt(engine, with.stream, 0, prompt, chunk);
+    Engine<P> copy = engine;
+    feed_decode(copy, other, prompt, prompt + decoded);
+    feed_decode(engine, with.stream, prompt, prompt + decoded);
+    CHECK((snapshot(engine) == snapshot(reference)));
+}
+
+template <Policy P>
+void check_rollback(const Setup<P>& with) {
+    BlockPool pool;
+    KVCache<P> cache = with.cache(pool);
+    feed_prompt(cache, with.stream, 0, prompt, chunk);
+    feed_decode(cache, with.stream, prompt, prompt + 7);
+    const Snapshot marked = snapshot(cache);
+    const Mark mark = cache.mark();
+    const std::vector<float> out = feed_decode(cache, with.stream, prompt + 7, prompt + decoded);
+    const Snapshot end = snapshot(cache);
+    for (int again = 0; again < 2; ++again) {
+        cache.rollback(mark);
+        CHECK((snapshot(cache) == marked));
+        CHECK(same_bits(feed_decode(cache, with.stream, prompt + 7, prompt + decoded), out));
+        CHECK((snapshot(cache) == end));
+    }
+    cache.release(mark);
+    CHECK((snapshot(cache) == end));
+}
+
+template <Policy P>
+void check_wrong_lengths(const Setup<P>& with) {
+    using error::shape_error, error::state_error;
+    BlockPool pool;
+    KVCache<P> cache = with.cache(pool), clean = with.cache(pool);
+    run(clean, with.stream);
+    feed_prompt(cache, with.stream, 0, prompt, chunk);
+    const std::size_t dim = with.shape.head_dim;
+    std::vector<float> out(with.shape.q_heads * 2 * dim);
+    const auto out_of = [&](std::size_t heads, std::size_t tokens, std::size_t width) {
+        return head_major(out.data(), heads, tokens, width);
+    };
+    for (std::size_t at = prompt; at < prompt + decoded; ++at) {
+        auto k = with.stream.keys(0, at, 1), v = with.stream.values(0, at, 1),
+             q = with.stream.queries(0, at, 1);
+        const auto resized = [](auto view, std::size_t heads, std::size_t tokens, std::size_t width) {
+            view.heads = heads;
+            view.tokens = tokens;
+            view.dim = width;
+            return view;
+        };
+        const std::vector<position_t> late{5}, many{200, 201};
+        refuses<shape_error>([&] { cache.append(with.shape.layers, k, v); });
+        refuses<shape_error>([&] { cache.append(0, resized(k, 2, 1, dim), v); });
+        refuses<shape_error>([&] { cache.append(0, resized(k, 3, 1, dim - 1), v); });
+        refuses<shape_error>([&] { cache.append(0, k, resized(v, 3, 2, dim)); });
+        refuses<shape_error>([&] { cache.append(0, k, resized(v, 3, 1, dim + 1)); });
+        refuses<shape_error>([&] { cache.append(0, resized(k, 3, 0, dim), resized(v, 3, 0, dim)); });
+        refuses<shape_error>([&] { cache.append(0, k, v, {.positions = late}); });
+        refuses<shape_error>([&] { cache.append(0, k, v, {.positions = many}); });
+        refuses<state_error>([&] { cache.attend(0, q, out_of(6, 1, dim)); });
+        for (std::size_t layer = 0; layer < with.shape.layers; ++layer) {
+            q = with.stream.queries(layer, at, 1);
+            cache.append(layer, with.stream.keys(layer, at, 1), with.stream.values(layer, at, 1));
+            refuses<state_error>([&] { cache.append(layer, k, v); });
+            refuses<shape_error>([&] { cache.attend(layer, resized(q, 3, 1, dim), out_of(6, 1, dim)); });
+            refuses<shape_error>([&] { cache.attend(layer, resized(q, 6, 2, dim), out_of(6, 2, dim)); });
+            refuses<shape_error>([&] { cache.attend(layer, resized(q, 6, 1, dim + 1), out_of(6, 1, dim)); });
+            refuses<shape_error>([&] { cache.attend(layer, q, out_of(6, 1, dim - 1)); });
+            refuses<shape_error>([&] { cache.attend(layer, q, {}); });
+            refuses<state_error>([&] { cache.end_step(); });
+            cache.attend(layer, q, out_of(6, 1, dim));
+            refuses<state_error>([&] { cache.attend(layer, q, out_of(6, 1, dim)); });
+        }
+        refuses<state_error>([&] { cache.end_prompt(); });
+        cache.end_step();
+        refuses<state_error>([&] { cache.end_prompt(); });
+    }
+    CHECK((snapshot(cache) == snapshot(clean)));
+
+    // The evictor sees views that an engine made: rows, widths and positions may all be wrong.
+    Evictor<P> evictor(with.shape, with.policy, with.budget);
+    const std::vector<position_t> two{0, 1}, backwards{1, 0};
+    const auto layer_of = [&](std::size_t k_rows, std::size_t v_rows, std::size_t width,
+                              std::span<const position_t> positions) {
+        return std::vector<HeadView>(with.shape.kv_heads,
+                                     {RowsView(with.stream.k.data(), k_rows, width, dim),
+                                      RowsView(with.stream.v.data(), v_rows, dim, dim), positions});
+    };
+    const auto q = with.stream.queries(0, 0, 2);
+    refuses<shape_error>([&] { (void)evictor.step(0, layer_of(3, 2, dim, two), q); });
+    refuses<shape_error>([&] { (void)evictor.step(0, layer_of(2, 1, dim, two), q); });
+    refuses<shape_error>([&] { (void)evictor.step(0, layer_of(2, 2, dim - 1, two), q); });
+    refuses<shape_error>([&] { (void)evictor.step(0, layer_of(2, 2, dim, std::span(two).first(1)), q); });
+    refuses<shape_error>([&] { (void)evictor.step(0, layer_of(2, 2, dim, backwards), q); });
+    refuses<shape_error>([&] { (void)evictor.step(0, LayerView(layer_of(2, 2, dim, two)).first(2), q); });
+    refuses<shape_error>([&] { (void)evictor.step(with.shape.layers, layer_of(2, 2, dim, two), q); });
+    refuses<state_error>([&] { (void)evictor.end_step(); });
+    std::vector<float> score(1);
+    refuses<shape_error>([&] { evictor.scores(0, 0, {}, score); });
+    CHECK(evictor.seen() == 0);
+    const std::vector<HeadView> right = layer_of(2, 2, dim, two);
+    CHECK(evictor.step(0, right, q).empty());
+}
+
+template <Policy P>
+void check_chunks(const Setup<P>& with) {
+    if (with.promises.chunks_do_not_matter)
+        with.for_each_driver([&](auto& cache) {
+            BlockPool pool;
+            KVCache<P> whole = with.cache(pool);
+            feed_prompt(whole, with.stream, 0, prompt, prompt);
+            feed_prompt(cache, with.stream, 0, prompt, 4);
+            CHECK((all_positions(cache) == all_positions(whole)));
+        });
+}
+
+template <Policy P>
+void check_room_hold_truncate(const Setup<P>& with) {
+    with.for_each_driver([&](auto& cache) {
+        feed_prompt(cache, with.stream, 0, prompt, chunk);
+        cache.make_room(3);
+        if (with.evicts()) CHECK(cache.rows(1, 1) == with.promises.budget - 3);
+        CHECK(states_fit(cache));
+        cache.hold(true);
+        const std::size_t before = cache.rows(1, 1);
+        feed_decode(cache, with.stream, prompt, prompt + 20);
+        CHECK(cache.rows(1, 1) == before + 20);
+        cache.truncate(15);
+        CHECK(cache.rows(1, 1) == before + 5);
+        CHECK(positions_of(cache.view(1, 1)).back() == static_cast<position_t>(prompt + 4));
+        CHECK(states_fit(cache));
+        cache.hold(false);
+        feed_decode(cache, with.stream, prompt + 5, prompt + decoded);
+        CHECK(states_fit(cache));
+        CHECK(rows_are_copies(cache, with.stream));
+        if (with.evicts() && with.promises.while_decoding) CHECK(cache.rows(1, 1) == with.promises.budget);
+    });
+}
+
+template <Policy P>
+void check_ragged(const Setup<P>& with) {
+    if (scope_of(with.policy) == Scope::head && with.evicts()) {
+        BlockPool pool({.block_rows = 5});
+        KVCache<P, Uneven> cache(with.shape, with.policy, with.budget, pool);
+        Engine<P, Uneven> engine(with.shape, with.policy, with.budget);
+        const auto check = [&](auto& one) {
+            feed_prompt(one, with.stream, 0, prompt, prompt);
+            for (std::size_t h = 0; h < with.shape.kv_heads; ++h)
+                CHECK(one.rows(1, h) == with.promises.budget - 1 + 2 * (h % 2));
+            feed_decode(one, with.stream, prompt, prompt + decoded);
+            for (std::size_t h = 0; h < with.shape.kv_heads && with.promises.while_decoding; ++h)
+                CHECK(one.rows(1, h) == with.promises.budget - 1 + 2 * (h % 2));
+            CHECK(states_fit(one));
+            CHECK(rows_are_copies(one, with.stream));
+        };
+        check(cache);
+        check(engine);
+        CHECK((all_positions(cache) == all_positions(engine)));
+    }
+}
+
 }  // namespace conformance
 
 /// Fails the test case that calls it where the policy breaks the contract.
 template <Policy P>
 void policy_conformance(const P& policy, const Promises& promises = {}) {
-    using namespace conformance;
-    const Budget budget{.tokens = promises.budget};
-    const CacheShape small{.layers = 2, .q_heads = 6, .kv_heads = 3, .head_dim = 16};
-    const Stream stream = random_stream(small, prompt + decoded, 5);
-    const bool evicts = promises.evictions > 0;
-    const auto make = [&](BlockPool& pool) { return KVCache(small, policy, budget, pool); };
+    const conformance::Setup<P> with{policy, promises};
     INFO("policy " << P::name);
-
     SECTION("plans are sound and states follow them, at every shape") {
-        for (const CacheShape& shape : shapes())
-            for (const bool ascending : {false, true}) {
-                CAPTURE(shape.q_heads, shape.kv_heads, shape.head_dim, ascending);
-                check_plans(policy, promises, shape, budget, ascending);
-                if (evicts)
-                    check_plans(policy, promises, shape, {.tokens = promises.budget, .sinks = 2, .recent = 3},
-                                ascending);
-            }
+        conformance::check_plans(with);
     }
     SECTION("KVCache and Evictor on foreign buffers agree on every instruction set") {
-        for (const CacheShape& shape : shapes()) {
-            CAPTURE(shape.q_heads, shape.kv_heads, shape.head_dim);
-            if (shape.head_dim < promises.tie_free_dim) continue;
-            const Stream numbers = random_stream(shape, prompt + decoded, 17);
-            std::vector<std::vector<std::vector<position_t>>> want;
-            std::vector<float> want_out;
-            for_each_driver(shape, policy, budget, [&](auto& cache, const std::string& driver) {
-                CAPTURE(driver);
-                std::vector<std::vector<std::vector<position_t>>> held;
-                feed_prompt(cache, numbers, 0, prompt, chunk);
-                held.push_back(all_positions(cache));
-                std::vector<float> out;
-                for (std::size_t at = prompt; at < prompt + decoded; ++at) {
-                    const std::vector<float> one = feed(cache, numbers, at, 1);
-                    out.insert(out.end(), one.begin(), one.end());
-                    held.push_back(all_positions(cache));
-                }
-                if (want.empty()) {
-                    want = held;
-                    want_out = out;
-                }
-                CHECK((held == want));
-                CHECK(rows_are_copies(cache, numbers));
-                bool near = out.size() == want_out.size();
-                for (std::size_t i = 0; near && i < out.size(); ++i)
-                    near = close(out[i], static_cast<double>(want_out[i]), 1e-4, 1e-5);
-                CHECK(near);
-            });
-        }
+        conformance::check_drivers_agree(with);
     }
     SECTION("as many rows as the budget change nothing, bit for bit") {
-        for_each_driver(small, policy, budget, [&](auto& cache, const std::string& driver) {
-            CAPTURE(driver);
-            feed_prompt(cache, stream, 0, promises.budget, 5);
-            Snapshot before = snapshot(cache);
-            std::vector<position_t> order;
-            for (std::size_t i = 0; i < small.heads(); ++i)
-                for (std::size_t j = 0; j < promises.budget; ++j) order.push_back(static_cast<position_t>(j));
-            CHECK((before.positions == order));
-            CHECK(rows_are_copies(cache, stream));
-            cache.make_room(0);
-            CHECK((snapshot(cache) == before));
-        });
+        conformance::check_full_budget(with);
     }
     SECTION("a budget of no row is refused") {
-        BlockPool pool;
-        if (evicts) {
-            refuses<error::config_error>([&] { KVCache cache(small, policy, Budget{}, pool); });
-            refuses<error::config_error>([&] { Engine<P> engine(small, policy, Budget{}); });
-        } else {
-            KVCache cache(small, policy, Budget{}, pool);
-            run(cache, stream);
-            CHECK(cache.rows(0, 0) == prompt + decoded);
-        }
+        conformance::check_no_budget(with);
     }
     SECTION("empty heads and empty prompts are legal") {
-        for_each_driver(small, policy, budget, [&](auto& cache, const std::string& driver) {
-            CAPTURE(driver);
-            CHECK(cache.scores(1, 2).empty());
-            for (const bool announced : {true, false}) feed_prompt(cache, stream, 0, 0, 1, announced);
-            cache.make_room(1);
-            CHECK(cache.rows(0, 0) == 0);
-            feed_decode(cache, stream, 0, prompt);
-            CHECK(cache.rows(1, 2) >= std::min(prompt, promises.budget));
-            CHECK(states_fit(cache));
-        });
+        conformance::check_empty(with);
     }
     SECTION("permuting KV heads with their groups permutes the result") {
-        if (promises.heads_are_alike && scope_of(policy) == Scope::head) {
-            const std::vector<std::size_t> order{2, 0, 1};
-            const Stream permuted = permute_heads(stream, order);
-            BlockPool pool;
-            KVCache cache = make(pool), other = make(pool);
-            run(cache, stream);
-            run(other, permuted);
-            for (std::size_t layer = 0; layer < small.layers; ++layer)
-                for (std::size_t h = 0; h < small.kv_heads; ++h)
-                    CHECK((other.positions(layer, h) == cache.positions(layer, order[h])));
-        }
+        conformance::check_permuted_heads(with);
     }
     SECTION("scoring changes nothing") {
-        BlockPool pool;
-        KVCache cache = make(pool), asked = make(pool);
-        run(cache, stream);
-        asked.begin_prompt(prompt);
-        for (std::size_t at = 0; at < prompt + decoded;) {
-            const std::size_t count = at < prompt ? std::min(chunk, prompt - at) : 1;
-            feed(asked, stream, at, count);
-            at += count;
-            const std::vector<float> first = asked.scores(1, 0), second = asked.scores(1, 0);
-            CHECK(same_bits(first, second));
-            if (at == prompt) asked.end_prompt();
-        }
-        CHECK((snapshot(asked) == snapshot(cache)));
+        conformance::check_scoring(with);
     }
     SECTION("a fork goes its own way and leaves its parent alone") {
-        BlockPool pool;
-        KVCache alone = make(pool), parent = make(pool);
-        const Stream other = random_stream(small, prompt + decoded, 77);
-        run(alone, stream);
-        feed_prompt(parent, stream, 0, prompt, chunk);
-        feed_decode(parent, stream, prompt, prompt + 7);
-        KVCache twin = parent.fork(), stranger = parent.fork();
-        const std::vector<float> strange = feed_decode(stranger, other, prompt + 7, prompt + decoded);
-        const std::vector<float> out = feed_decode(parent, stream, prompt + 7, prompt + decoded);
-        CHECK_FALSE(same_bits(strange, out));
-        CHECK(same_bits(feed_decode(twin, stream, prompt + 7, prompt + decoded), out));
-        CHECK((snapshot(parent) == snapshot(alone)));
-        CHECK((snapshot(twin) == snapshot(alone)));
-
-        Engine<P> engine(small, policy, budget), reference(small, policy, budget);
-        run(reference, stream);
-        feed_prompt(engine, stream, 0, prompt, chunk);
-        Engine<P> copy = engine;
-        feed_decode(copy, other, prompt, prompt + decoded);
-        feed_decode(engine, stream, prompt, prompt + decoded);
-        CHECK((snapshot(engine) == snapshot(reference)));
+        conformance::check_forks(with);
     }
     SECTION("after a rollback everything goes as it went before") {
-        BlockPool pool;
-        KVCache cache = make(pool);
-        feed_prompt(cache, stream, 0, prompt, chunk);
-        feed_decode(cache, stream, prompt, prompt + 7);
-        const Snapshot marked = snapshot(cache);
-        const Mark mark = cache.mark();
-        const std::vector<float> out = feed_decode(cache, stream, prompt + 7, prompt + decoded);
-        const Snapshot end = snapshot(cache);
-        for (int again = 0; again < 2; ++again) {
-            cache.rollback(mark);
-            CHECK((snapshot(cache) == marked));
-            CHECK(same_bits(feed_decode(cache, stream, prompt + 7, prompt + decoded), out));
-            CHECK((snapshot(cache) == end));
-        }
-        cache.release(mark);
-        CHECK((snapshot(cache) == end));
+        conformance::check_rollback(with);
     }
     SECTION("wrong lengths throw and leave all as it was") {
-        using error::shape_error, error::state_error;
-        BlockPool pool;
-        KVCache cache = make(pool), clean = make(pool);
-        run(clean, stream);
-        feed_prompt(cache, stream, 0, prompt, chunk);
-        const std::size_t dim = small.head_dim;
-        std::vector<float> out(small.q_heads * 2 * dim);
-        const auto out_of = [&](std::size_t heads, std::size_t tokens, std::size_t width) {
-            return head_major(out.data(), heads, tokens, width);
-        };
-        for (std::size_t at = prompt; at < prompt + decoded; ++at) {
-            auto k = stream.keys(0, at, 1), v = stream.values(0, at, 1), q = stream.queries(0, at, 1);
-            const auto with = [](auto view, std::size_t heads, std::size_t tokens, std::size_t width) {
-                view.heads = heads;
-                view.tokens = tokens;
-                view.dim = width;
-                return view;
-            };
-            const std::vector<position_t> late{5}, many{200, 201};
-            refuses<shape_error>([&] { cache.append(small.layers, k, v); });
-            refuses<shape_error>([&] { cache.append(0, with(k, 2, 1, dim), v); });
-            refuses<shape_error>([&] { cache.append(0, with(k, 3, 1, dim - 1), v); });
-            refuses<shape_error>([&] { cache.append(0, k, with(v, 3, 2, dim)); });
-            refuses<shape_error>([&] { cache.append(0, k, with(v, 3, 1, dim + 1)); });
-            refuses<shape_error>([&] { cache.append(0, with(k, 3, 0, dim), with(v, 3, 0, dim)); });
-            refuses<shape_error>([&] { cache.append(0, k, v, {.positions = late}); });
-            refuses<shape_error>([&] { cache.append(0, k, v, {.positions = many}); });
-            refuses<state_error>([&] { cache.attend(0, q, out_of(6, 1, dim)); });
-            for (std::size_t layer = 0; layer < small.layers; ++layer) {
-                q = stream.queries(layer, at, 1);
-                cache.append(layer, stream.keys(layer, at, 1), stream.values(layer, at, 1));
-                refuses<state_error>([&] { cache.append(layer, k, v); });
-                refuses<shape_error>([&] { cache.attend(layer, with(q, 3, 1, dim), out_of(6, 1, dim)); });
-                refuses<shape_error>([&] { cache.attend(layer, with(q, 6, 2, dim), out_of(6, 2, dim)); });
-                refuses<shape_error>([&] { cache.attend(layer, with(q, 6, 1, dim + 1), out_of(6, 1, dim)); });
-                refuses<shape_error>([&] { cache.attend(layer, q, out_of(6, 1, dim - 1)); });
-                refuses<shape_error>([&] { cache.attend(layer, q, {}); });
-                refuses<state_error>([&] { cache.end_step(); });
-                cache.attend(layer, q, out_of(6, 1, dim));
-                refuses<state_error>([&] { cache.attend(layer, q, out_of(6, 1, dim)); });
-            }
-            refuses<state_error>([&] { cache.end_prompt(); });
-            cache.end_step();
-            refuses<state_error>([&] { cache.end_prompt(); });
-        }
-        CHECK((snapshot(cache) == snapshot(clean)));
-
-        // The evictor sees views that an engine made: rows, widths and positions may all be wrong.
-        Evictor<P> evictor(small, policy, budget);
-        const std::vector<position_t> two{0, 1}, backwards{1, 0};
-        const auto layer_of = [&](std::size_t k_rows, std::size_t v_rows, std::size_t width,
-                                  std::span<const position_t> positions) {
-            return std::vector<HeadView>(small.kv_heads,
-                                         {RowsView(stream.k.data(), k_rows, width, dim),
-                                          RowsView(stream.v.data(), v_rows, dim, dim), positions});
-        };
-        const auto q = stream.queries(0, 0, 2);
-        refuses<shape_error>([&] { (void)evictor.step(0, layer_of(3, 2, dim, two), q); });
-        refuses<shape_error>([&] { (void)evictor.step(0, layer_of(2, 1, dim, two), q); });
-        refuses<shape_error>([&] { (void)evictor.step(0, layer_of(2, 2, dim - 1, two), q); });
-        refuses<shape_error>([&] { (void)evictor.step(0, layer_of(2, 2, dim, std::span(two).first(1)), q); });
-        refuses<shape_error>([&] { (void)evictor.step(0, layer_of(2, 2, dim, backwards), q); });
-        refuses<shape_error>([&] { (void)evictor.step(0, LayerView(layer_of(2, 2, dim, two)).first(2), q); });
-        refuses<shape_error>([&] { (void)evictor.step(small.layers, layer_of(2, 2, dim, two), q); });
-        refuses<state_error>([&] { (void)evictor.end_step(); });
-        std::vector<float> score(1);
-        refuses<shape_error>([&] { evictor.scores(0, 0, {}, score); });
-        CHECK(evictor.seen() == 0);
-        const std::vector<HeadView> right = layer_of(2, 2, dim, two);
-        CHECK(evictor.step(0, right, q).empty());
+        conformance::check_wrong_lengths(with);
     }
     SECTION("chunks of a prompt do not matter") {
-        if (promises.chunks_do_not_matter)
-            for_each_driver(small, policy, budget, [&](auto& cache, const std::string& driver) {
-                CAPTURE(driver);
-                BlockPool pool;
-                KVCache whole = make(pool);
-                feed_prompt(whole, stream, 0, prompt, prompt);
-                feed_prompt(cache, stream, 0, prompt, 4);
-                CHECK((all_positions(cache) == all_positions(whole)));
-            });
+        conformance::check_chunks(with);
     }
     SECTION("make_room leaves room, hold keeps all, truncate takes back") {
-        for_each_driver(small, policy, budget, [&](auto& cache, const std::string& driver) {
-            CAPTURE(driver);
-            feed_prompt(cache, stream, 0, prompt, chunk);
-            cache.make_room(3);
-            if (evicts) CHECK(cache.rows(1, 1) == promises.budget - 3);
-            CHECK(states_fit(cache));
-            cache.hold(true);
-            const std::size_t before = cache.rows(1, 1);
-            feed_decode(cache, stream, prompt, prompt + 20);
-            CHECK(cache.rows(1, 1) == before + 20);
-            cache.truncate(15);
-            CHECK(cache.rows(1, 1) == before + 5);
-            CHECK(positions_of(cache.view(1, 1)).back() == static_cast<position_t>(prompt + 4));
-            CHECK(states_fit(cache));
-            cache.hold(false);
-            feed_decode(cache, stream, prompt + 5, prompt + decoded);
-            CHECK(states_fit(cache));
-            CHECK(rows_are_copies(cache, stream));
-            if (evicts && promises.while_decoding) CHECK(cache.rows(1, 1) == promises.budget);
-        });
+        conformance::check_room_hold_truncate(with);
     }
     SECTION("heads may differ in length") {
-        if (scope_of(policy) == Scope::head && evicts) {
-            BlockPool pool({.block_rows = 5});
-            KVCache<P, Uneven> cache(small, policy, budget, pool);
-            Engine<P, Uneven> engine(small, policy, budget);
-            const auto check = [&](auto& one) {
-                feed_prompt(one, stream, 0, prompt, prompt);
-                for (std::size_t h = 0; h < small.kv_heads; ++h)
-                    CHECK(one.rows(1, h) == promises.budget - 1 + 2 * (h % 2));
-                feed_decode(one, stream, prompt, prompt + decoded);
-                for (std::size_t h = 0; h < small.kv_heads && promises.while_decoding; ++h)
-                    CHECK(one.rows(1, h) == promises.budget - 1 + 2 * (h % 2));
-                CHECK(states_fit(one));
-                CHECK(rows_are_copies(one, stream));
-            };
-            check(cache);
-            check(engine);
-            CHECK((all_positions(cache) == all_positions(engine)));
-        }
+        conformance::check_ragged(with);
     }
 }
 

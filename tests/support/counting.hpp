@@ -30,12 +30,25 @@ inline void* counted(std::size_t bytes, std::size_t alignment) {
 
 }  // namespace kvcull::test
 
-// Out of line: GCC sees malloc's memory in an inlined pair of them and calls new and free a mismatch.
+// All forms, or a sanitizer would serve the others. Out of line: GCC sees malloc's memory in an inlined pair
+// of them and calls new and free a mismatch.
 [[gnu::noinline]] void* operator new(std::size_t bytes) {
     return kvcull::test::counted(bytes, alignof(std::max_align_t));
 }
 [[gnu::noinline]] void* operator new(std::size_t bytes, std::align_val_t alignment) {
     return kvcull::test::counted(bytes, static_cast<std::size_t>(alignment));
+}
+[[gnu::noinline]] void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+    return kvcull::test::counted(bytes, alignof(std::max_align_t));  // as far as these tests go
+}
+[[gnu::noinline]] void* operator new[](std::size_t bytes) {
+    return kvcull::test::counted(bytes, alignof(std::max_align_t));
+}
+[[gnu::noinline]] void* operator new[](std::size_t bytes, std::align_val_t alignment) {
+    return kvcull::test::counted(bytes, static_cast<std::size_t>(alignment));
+}
+[[gnu::noinline]] void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept {
+    return kvcull::test::counted(bytes, alignof(std::max_align_t));
 }
 [[gnu::noinline]] void operator delete(void* memory) noexcept {
     std::free(memory);
@@ -47,5 +60,17 @@ inline void* counted(std::size_t bytes, std::size_t alignment) {
     std::free(memory);
 }
 [[gnu::noinline]] void operator delete(void* memory, std::size_t, std::align_val_t) noexcept {
+    std::free(memory);
+}
+[[gnu::noinline]] void operator delete[](void* memory) noexcept {
+    std::free(memory);
+}
+[[gnu::noinline]] void operator delete[](void* memory, std::size_t) noexcept {
+    std::free(memory);
+}
+[[gnu::noinline]] void operator delete[](void* memory, std::align_val_t) noexcept {
+    std::free(memory);
+}
+[[gnu::noinline]] void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept {
     std::free(memory);
 }

@@ -143,10 +143,9 @@ class Foreign {
         };
         for (std::size_t c = 0; c < dim + gap_; ++c) {
             const float x = c < dim ? row[c] : quiet_nan();
-            if (shape_.dtype == DType::f32)
-                put(x);
-            else
-                put(to_float16(x));
+            if (shape_.dtype == DType::f32) put(x);
+            if (shape_.dtype == DType::f16) put(to_float16(x));
+            if (shape_.dtype == DType::bf16) put(to_bfloat16(x));
         }
     }
 

@@ -98,11 +98,9 @@ inline void check_attend(const MatrixView<const float>& q, const RowsView& k, co
         check_size(where, "v.rows()", v.rows(), n);
         check_size(where, "want.output.rows", want.output.rows, rows);
         check_size(where, "want.output.cols", want.output.cols, v.dim());
-        check_readable(where, "v.dtype()", v);
     }
     if (!want.column_sum.empty()) check_size(where, "want.column_sum.size()", want.column_sum.size(), n);
     if (!want.column_max.empty()) check_size(where, "want.column_max.size()", want.column_max.size(), n);
-    check_readable(where, "k.dtype()", k);
     for (std::size_t row = 0; row < rows; ++row)
         if (visible[row].end > n) [[unlikely]]
             fail<error::shape_error>(where, "visible[" + std::to_string(row) + "].end", visible[row].end,
@@ -115,9 +113,10 @@ inline void check_attend(const MatrixView<const float>& q, const RowsView& k, co
 /// multiplied: what K and V hold there reaches no result. A row whose visible logits hold a NaN or +Inf is
 /// bad, see AttentionRows. Cost: reads K once and, if `want.output` is given, V once; R n (d + d_v)
 /// multiply-adds. Allocates nothing.
-/// @param q        [R, d]. @param k [n, d], f32 or f16. @param v [n, d_v], read only if an output is wanted.
+/// @param q        [R, d]. @param k [n, d], f32, f16 or bf16. @param v [n, d_v], read only if an output is
+/// wanted.
 /// @param visible  [R], `end` at most n. @param scale  factor of the logits, usually 1 / sqrt(d).
-/// @throws shape_error for sizes that do not fit, config_error for bf16 rows; nothing is written then.
+/// @throws shape_error for sizes that do not fit; nothing is written then.
 inline void attend(const simd::Kernels& kernels, MatrixView<const float> q, const RowsView& k,
                    const RowsView& v, std::span<const Visible> visible, float scale,
                    const AttentionRows& want) {
@@ -149,14 +148,13 @@ inline void attend(const simd::Kernels& kernels, MatrixView<const float> q, cons
             std::memmove(weights + ranges.begin, weights + ranges.head, band * sizeof(float));
             std::fill(weights + ranges.head, weights + ranges.begin, 0.0F);
         }
-        for (const auto& [from, to] :
-             {std::pair(std::size_t{0}, ranges.head), std::pair(ranges.begin, ranges.end)}) {
-            if (!want.column_sum.empty())
-                kernels.add(want.column_sum.data() + from, weights + from, to - from);
-            if (!want.column_max.empty())
-                kernels.maximum(want.column_max.data() + from, weights + from, to - from);
-        }
+        if (want.column_max.empty()) continue;
+        kernels.maximum(want.column_max.data(), weights, ranges.head);
+        kernels.maximum(want.column_max.data() + ranges.begin, weights + ranges.begin, band);
     }
+    // Invisible weights are 0, so whole rows can be added, several at once.
+    if (!want.column_sum.empty())
+        kernels.add_rows(want.column_sum.data(), attention.data, attention.stride, rows, n);
     if (want.output.empty()) return;
 
     const MatrixView<float>& output = want.output;

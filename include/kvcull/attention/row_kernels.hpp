@@ -4,10 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <span>
-#include <string_view>
 
-#include "../base/error.hpp"
 #include "../simd/kernels.hpp"
 #include "../views.hpp"
 
@@ -42,31 +39,34 @@ void for_each_piece(const RowsView& rows, std::size_t begin, std::size_t end, co
 inline void dots(const simd::Kernels& kernels, const float* q, std::size_t q_stride, std::size_t group,
                  const RowsView& rows, const RowsView::Run& run, float scale, float* out,
                  std::size_t out_stride, const std::byte* next = nullptr) noexcept {
-    if (rows.dtype() == DType::f32)
-        kernels.dots_f32(q, q_stride, group, reinterpret_cast<const float*>(run.data), rows.stride(),
-                         run.rows, rows.dim(), scale, out, out_stride, next);
-    else
-        kernels.dots_f16(q, q_stride, group, reinterpret_cast<const float16*>(run.data), rows.stride(),
-                         run.rows, rows.dim(), scale, out, out_stride, next);
+    const auto run_on = [&]<class T>(const auto& kernel, const T* data) {
+        kernel(q, q_stride, group, data, rows.stride(), run.rows, rows.dim(), scale, out, out_stride, next);
+    };
+    switch (rows.dtype()) {
+        case DType::f32:
+            return run_on(kernels.dots_f32, reinterpret_cast<const float*>(run.data));
+        case DType::f16:
+            return run_on(kernels.dots_f16, reinterpret_cast<const float16*>(run.data));
+        case DType::bf16:
+            return run_on(kernels.dots_bf16, reinterpret_cast<const bfloat16*>(run.data));
+    }
 }
 
 /// out[g * out_stride + c] += sum over the run's rows j of w[g * w_stride + j] * row j [c].
 inline void weighted_sum(const simd::Kernels& kernels, const float* w, std::size_t w_stride,
                          std::size_t group, const RowsView& rows, const RowsView::Run& run, float* out,
                          std::size_t out_stride, const std::byte* next = nullptr) noexcept {
-    if (rows.dtype() == DType::f32)
-        kernels.weighted_sum_f32(w, w_stride, group, reinterpret_cast<const float*>(run.data), rows.stride(),
-                                 run.rows, rows.dim(), out, out_stride, next);
-    else
-        kernels.weighted_sum_f16(w, w_stride, group, reinterpret_cast<const float16*>(run.data),
-                                 rows.stride(), run.rows, rows.dim(), out, out_stride, next);
-}
-
-/// Rows that the kernels can read: f32 and f16.
-template <class Argument>
-void check_readable(std::string_view where, const Argument& argument, const RowsView& rows) {
-    check<error::config_error>(rows.dtype() != DType::bf16, where, argument, name_of(rows.dtype()),
-                               "f32 or f16");
+    const auto run_on = [&]<class T>(const auto& kernel, const T* data) {
+        kernel(w, w_stride, group, data, rows.stride(), run.rows, rows.dim(), out, out_stride, next);
+    };
+    switch (rows.dtype()) {
+        case DType::f32:
+            return run_on(kernels.weighted_sum_f32, reinterpret_cast<const float*>(run.data));
+        case DType::f16:
+            return run_on(kernels.weighted_sum_f16, reinterpret_cast<const float16*>(run.data));
+        case DType::bf16:
+            return run_on(kernels.weighted_sum_bf16, reinterpret_cast<const bfloat16*>(run.data));
+    }
 }
 
 }  // namespace kvcull::inline KVCULL_ABI::detail

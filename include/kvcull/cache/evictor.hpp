@@ -451,8 +451,6 @@ class Evictor {
             detail::check_size(where, text("cached[", h, "].position.size()"), head.position.size(), rows);
             detail::check_size(where, text("cached[", h, "].k.dim()"), head.k.dim(), shape().head_dim);
             detail::check_size(where, text("cached[", h, "].v.dim()"), head.v.dim(), shape().values());
-            detail::check_readable(where, text("cached[", h, "].k.dtype()"), head.k);
-            detail::check_readable(where, text("cached[", h, "].v.dtype()"), head.v);
         }
     }
     void check_all(std::string_view where, CacheView cached) const {

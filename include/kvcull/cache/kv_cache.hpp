@@ -146,8 +146,8 @@ class KVCache {
                                               "that of the step's first layer");
         }
         undo_spares_on_error(spares, [&] {
-            // Nothing to do unless eviction was put on hold since the step began.
-            storage_.reserve_spares(demand(layer, c).takes);
+            // Nothing to do unless earlier layers have not attended, and so have given nothing back yet.
+            storage_.reserve_spares(demand(layer, c).takes + pending_copies());
             evictor_.admit(layer, c, inputs);
         });
         for (std::size_t h = 0; h < shape().kv_heads; ++h)
@@ -338,6 +338,16 @@ class KVCache {
         storage_.reserve_spares(kept + passing);
         storage_.keep_freed(true);
     }
+    /// Blocks that evictions of layers may copy which have new rows and have not attended to them yet.
+    [[nodiscard]] std::size_t pending_copies() const {
+        std::size_t blocks = 0;
+        for (std::size_t layer = 0; layer < shape().layers; ++layer) {
+            if (evictor_.live().admitted[layer] == 0 || evictor_.live().stepped[layer] != 0) continue;
+            for (std::size_t i = flat(layer, 0); i < flat(layer + 1, 0); ++i)
+                blocks += storage_.blocks_needed(i, 0, evictor_.may_evict(i, 0));
+        }
+        return blocks;
+    }
     /// Blocks for evictions that must copy shared ones.
     void reserve_rewrite() {
         std::size_t blocks = 0;
@@ -366,6 +376,7 @@ class KVCache {
             note_peak();
             return call();
         });
+        storage_.keep_freed(true);  // what was reserved stays here
         apply(plan);
         release_spares();
     }

@@ -15,7 +15,7 @@ namespace kvcull::inline KVCULL_ABI {
 struct CacheShape {
     std::size_t layers = 0, q_heads = 0, kv_heads = 0, head_dim = 0;
     std::size_t value_dim = 0;  // 0: head_dim
-    DType dtype = DType::f32;   // of cached rows: f32 or f16
+    DType dtype = DType::f32;   // of cached rows
     float scale = 0.0F;         // of logits; 0: 1 / sqrt(head_dim)
 
     [[nodiscard]] constexpr std::size_t group() const noexcept { return q_heads / kv_heads; }
@@ -48,7 +48,6 @@ inline CacheShape checked(CacheShape shape) {
     check<config_error>(shape.head_dim > 0, where, "head_dim", shape.head_dim, "at least 1");
     check<config_error>(shape.q_heads > 0 && shape.q_heads % shape.kv_heads == 0, where, "q_heads",
                         shape.q_heads, text("a multiple of kv_heads = ", shape.kv_heads));
-    check<config_error>(shape.dtype != DType::bf16, where, "dtype", name_of(shape.dtype), "f32 or f16");
     check<config_error>(is_finite(shape.scale), where, "scale", shape.scale, "a finite number");
     return shape;
 }

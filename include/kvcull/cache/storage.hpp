@@ -321,10 +321,8 @@ class Storage {
     void narrow(const float* source, std::size_t n, std::byte* target) const noexcept {
         if (layout_.dtype == DType::f32) std::memcpy(target, source, n * sizeof(float));
         if (layout_.dtype == DType::f16) kernels_->narrow_f16(source, reinterpret_cast<float16*>(target), n);
-        if (layout_.dtype == DType::bf16) {
-            bfloat16* out = reinterpret_cast<bfloat16*>(target);
-            for (std::size_t c = 0; c < n; ++c) out[c] = to_bfloat16(source[c]);
-        }
+        if (layout_.dtype == DType::bf16)
+            kernels_->narrow_bf16(source, reinterpret_cast<bfloat16*>(target), n);
     }
 
     RowLayout layout_;

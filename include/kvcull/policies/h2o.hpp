@@ -19,7 +19,7 @@ struct H2O {
     std::optional<std::size_t> recent = {};  // default: half the budget
     std::size_t sinks = 0;
     std::size_t window = 0;   // prompt rows that count, the last of each call; 0: all
-    bool by_queries = false;  // divide by the number of rows that could see the token
+    bool by_queries = false;  // divide by the rows that could see the token, as told by gapless positions
     std::size_t kernel = 1;
     Pool pool = Pool::none;
 

@@ -56,14 +56,12 @@ class Selector {
                         fixed[j] = 1;
                         ++count;
                     }
-        const std::size_t recent = std::min(head.protect.recent, head.size);
-        const std::size_t sinks = std::min(head.protect.sinks, head.size - recent);
-        if (recent + sinks == 0) return count;
+        if (n == 0 || (head.protect.recent == 0 && head.protect.sinks == 0)) return count;
         positions_.resize(n);
         for (std::size_t j = 0; j < n; ++j) positions_[j] = head.position[j];
         sorted_ = std::is_sorted(positions_.begin(), positions_.end());
-        if (recent > 0) count += fix_end(true, std::min(recent, n), head.size - count, fixed);
-        if (sinks > 0) count += fix_end(false, std::min(sinks, n), head.size - count, fixed);
+        count += fix_end(true, std::min(head.protect.recent, n), head.size - count, fixed);
+        count += fix_end(false, std::min(head.protect.sinks, n), head.size - count, fixed);
         return count;
     }
 
@@ -132,14 +130,14 @@ class Selector {
         const auto within = [newest](position_t position, position_t border) {
             return newest ? position >= border : position <= border;
         };
-        // The border of the `count` rows at that end of `order_`.
+        // The position at the border of the `count` rows at that end of `order_`.
         const auto border_of = [&](std::size_t count) {
             const auto at =
                 order_.begin() + static_cast<std::ptrdiff_t>(newest ? order_.size() - count : count - 1);
             if (!sorted_) std::nth_element(order_.begin(), at, order_.end());
             return *at;
         };
-        if (room == 0) return 0;
+        if (wanted == 0 || room == 0) return 0;
         order_ = positions_;
         position_t border = border_of(wanted);
         order_.clear();

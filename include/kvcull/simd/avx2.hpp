@@ -19,6 +19,7 @@
 #    include <cstring>
 
 #    include "../base/types.hpp"
+#    include "ahead.hpp"
 #    include "cpuid.hpp"
 #    include "exp.hpp"
 
@@ -42,11 +43,6 @@ KVCULL_TARGET_BEGIN("avx2,fma,f16c")
 
 namespace kvcull::inline KVCULL_ABI::simd::avx2 {
 
-/// What a chunk of rows may take of the first-level cache while many queries go over it.
-inline constexpr std::size_t chunk_bytes = 16384;
-/// How far ahead memory is asked for rows. Measured: 2 KiB hides half of the latency, 8 to 16 KiB all of it.
-inline constexpr std::size_t prefetch_bytes = 8192;
-
 // Sums and products are written with operators: the wrappers of immintrin.h carry the user's -ffast-math into
 // Clang's code even here. FMA, maskload, hadd and the like have no operator; of them Clang can only fold
 // constants. Whether a number is NaN is asked of loaded bits, never of a result.
@@ -62,12 +58,17 @@ inline constexpr std::size_t prefetch_bytes = 8192;
 [[gnu::always_inline]] inline __m256 load(const float16* x) noexcept {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
+[[gnu::always_inline]] inline __m256 load(const bfloat16* x) noexcept {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
 /// The first `count` < 8 lanes, zero in the others; memory behind them is not touched.
 [[gnu::always_inline]] inline __m256 load_part(const float* x, std::size_t count) noexcept {
     return _mm256_maskload_ps(x, mask_of(count));
 }
-[[gnu::always_inline]] inline __m256 load_part(const float16* x, std::size_t count) noexcept {
-    alignas(16) float16 part[8] = {};
+template <class T>
+[[gnu::always_inline]] inline __m256 load_part(const T* x, std::size_t count) noexcept {
+    alignas(16) T part[8] = {};
     for (std::size_t lane = 0; lane < count; ++lane) part[lane] = x[lane];
     return load(part);
 }
@@ -77,51 +78,41 @@ inline constexpr std::size_t prefetch_bytes = 8192;
     __asm__("" : "+x"(x));
     return x;
 }
-/// How far ahead of the rows at hand to ask memory for rows, in bytes: to the rows that come next; if nobody
-/// said which, `prefetch_bytes` further into these rows, as the hardware alone asks too late when several
-/// queries share a row; 0, which asks for what is there already, if these rows are few.
-template <class T>
-[[gnu::always_inline]] inline std::uintptr_t distance(const T* rows, std::size_t count,
-                                                      const void* next) noexcept {
-    if (next != nullptr)
-        return reinterpret_cast<std::uintptr_t>(next) - reinterpret_cast<std::uintptr_t>(rows);
-    return count * sizeof(T) > prefetch_bytes ? prefetch_bytes : 0;
-}
-/// Asks memory for the cache line that lies `ahead` bytes further. A hint: it reads nothing and never faults.
-template <class T>
-[[gnu::always_inline]] inline void prefetch(const T* x, std::uintptr_t ahead) noexcept {
-    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(x) + ahead), _MM_HINT_T0);
-}
-
 /// The sums of four vectors, each ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)).
 [[gnu::always_inline]] inline __m128 sums(__m256 a, __m256 b, __m256 c, __m256 d) noexcept {
     const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     return _mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1);
 }
 
-/// Q queries times R rows in registers.
+/// 8 channels of Q queries times R rows.
+template <std::size_t Q, std::size_t R, class T>
+[[gnu::always_inline]] inline void dot_step(const float* q, std::size_t q_stride, const T* k,
+                                            std::size_t k_stride, __m256* sum) noexcept {
+    __m256 row[R];
+#    pragma GCC unroll 8
+    for (std::size_t r = 0; r < R; ++r) row[r] = load(k + r * k_stride);
+#    pragma GCC unroll 8
+    for (std::size_t g = 0; g < Q; ++g) {
+        const __m256 query = pinned(load(q + g * q_stride));
+#    pragma GCC unroll 8
+        for (std::size_t r = 0; r < R; ++r) sum[g * R + r] = fma(query, row[r], sum[g * R + r]);
+    }
+}
+
+/// Q queries times R rows in registers. Fetches the R rows that lie `ahead`.
 template <std::size_t Q, std::size_t R, class T>
 [[gnu::always_inline]] inline void dot_tile(const float* q, std::size_t q_stride, const T* k,
                                             std::size_t k_stride, std::size_t dim, float scale, float* out,
                                             std::size_t out_stride, std::uintptr_t ahead) noexcept {
-    constexpr std::size_t count = Q * R;
+    constexpr std::size_t count = Q * R, line = 64 / sizeof(T);
+    Fetch fetch(k, ahead, R, dim, k_stride);
     __m256 sum[count];
 #    pragma GCC unroll 8
     for (std::size_t i = 0; i < count; ++i) sum[i] = _mm256_setzero_ps();
     std::size_t c = 0;
     for (; c + 8 <= dim; c += 8) {
-        __m256 row[R];
-#    pragma GCC unroll 8
-        for (std::size_t r = 0; r < R; ++r) {
-            row[r] = load(k + r * k_stride + c);
-            prefetch(k + r * k_stride + c, ahead);
-        }
-#    pragma GCC unroll 8
-        for (std::size_t g = 0; g < Q; ++g) {
-            const __m256 query = pinned(load(q + g * q_stride + c));
-#    pragma GCC unroll 8
-            for (std::size_t r = 0; r < R; ++r) sum[g * R + r] = fma(query, row[r], sum[g * R + r]);
-        }
+        if (c % line == 0) fetch.next<R>();
+        dot_step<Q, R>(q + c, q_stride, k + c, k_stride, sum);
     }
     if (c < dim) {
 #    pragma GCC unroll 8
@@ -161,9 +152,8 @@ template <class T>
 [[gnu::always_inline]] inline void dots(const float* q, std::size_t q_stride, std::size_t group, const T* k,
                                         std::size_t k_stride, std::size_t rows, std::size_t dim, float scale,
                                         float* out, std::size_t out_stride, const void* next) noexcept {
-    const std::size_t fit = chunk_bytes / ((dim + 1) * sizeof(T)) / 8 * 8;
     const std::uintptr_t ahead = distance(k, rows * k_stride, next);
-    const std::size_t chunk = group <= 4 ? rows : fit < 8 ? 8 : fit;
+    const std::size_t chunk = group <= 4 ? rows : chunk_rows(dim * sizeof(T));
     for (std::size_t j = 0; j < rows; j += chunk) {
         const std::size_t count = rows - j < chunk ? rows - j : chunk;
         for (std::size_t g = 0; g < group; g += 4) {
@@ -172,7 +162,7 @@ template <class T>
             float* to = out + g * out_stride + j;
             switch (group - g) {
                 case 1:
-                    dot_rows<1, 8>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+                    dot_rows<1, 4>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
                     break;
                 case 2:
                     dot_rows<2, 4>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
@@ -198,11 +188,19 @@ inline void dots_f16(const float* q, std::size_t q_stride, std::size_t group, co
     dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
 }
 
-/// Q outputs times C vectors of channels in registers, over `rows` rows.
+inline void dots_bf16(const float* q, std::size_t q_stride, std::size_t group, const bfloat16* k,
+                      std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
+                      std::size_t out_stride, const void* next) noexcept {
+    dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+}
+
+/// Q outputs times C vectors of channels in registers, over `rows` rows. Row j fetches what lies at
+/// `fetch + j * fetch_row`.
 template <std::size_t Q, std::size_t C, class T>
 [[gnu::always_inline]] inline void sum_tile(const float* w, std::size_t w_stride, const T* v,
                                             std::size_t v_stride, std::size_t rows, float* out,
-                                            std::size_t out_stride, std::uintptr_t ahead) noexcept {
+                                            std::size_t out_stride, std::uintptr_t fetch,
+                                            std::size_t fetch_row) noexcept {
     __m256 sum[Q * C];
 #    pragma GCC unroll 8
     for (std::size_t i = 0; i < Q * C; ++i) sum[i] = load(out + i / C * out_stride + i % C * 8);
@@ -211,7 +209,7 @@ template <std::size_t Q, std::size_t C, class T>
 #    pragma GCC unroll 8
         for (std::size_t c = 0; c < C; ++c) {
             row[c] = load(v + j * v_stride + c * 8);
-            if (c * 8 * sizeof(T) % 64 == 0) prefetch(v + j * v_stride + c * 8, ahead);
+            if (c * 8 * sizeof(T) % 64 == 0) prefetch(fetch + j * fetch_row + c * 8 * sizeof(T));
         }
 #    pragma GCC unroll 8
         for (std::size_t g = 0; g < Q; ++g) {
@@ -252,11 +250,16 @@ template <std::size_t Q, std::size_t C, class T>
         const std::size_t count = rows - j < 8 ? rows - j : 8;
         const float* weight = w + j;
         const T* row = v + j * v_stride;
+        const std::uintptr_t fetch = reinterpret_cast<std::uintptr_t>(row) + ahead;
+        const bool dense = v_stride == dim;
+        const std::size_t fetch_row = (dense ? 8 * C : v_stride) * sizeof(T), fetch_part = dense ? count : 1;
         std::size_t c = 0;
         for (; c + 8 * C <= dim; c += 8 * C)
-            sum_tile<Q, C>(weight, w_stride, row + c, v_stride, count, out + c, out_stride, ahead);
+            sum_tile<Q, C>(weight, w_stride, row + c, v_stride, count, out + c, out_stride,
+                           fetch + c * fetch_part * sizeof(T), fetch_row);
         for (; c + 8 <= dim; c += 8)
-            sum_tile<Q, 1>(weight, w_stride, row + c, v_stride, count, out + c, out_stride, ahead);
+            sum_tile<Q, 1>(weight, w_stride, row + c, v_stride, count, out + c, out_stride,
+                           fetch + c * fetch_part * sizeof(T), dense ? 8 * sizeof(T) : fetch_row);
         if (c < dim) sum_tail<Q>(weight, w_stride, row + c, v_stride, count, dim - c, out + c, out_stride);
     }
 }
@@ -266,9 +269,8 @@ template <class T>
                                                 const T* v, std::size_t v_stride, std::size_t rows,
                                                 std::size_t dim, float* out, std::size_t out_stride,
                                                 const void* next) noexcept {
-    const std::size_t fit = chunk_bytes / ((dim + 1) * sizeof(T)) / 8 * 8;
     const std::uintptr_t ahead = distance(v, rows * v_stride, next);
-    const std::size_t chunk = group <= 4 ? rows : fit < 8 ? 8 : fit;
+    const std::size_t chunk = group <= 4 ? rows : chunk_rows(dim * sizeof(T));
     for (std::size_t j = 0; j < rows; j += chunk) {
         const std::size_t count = rows - j < chunk ? rows - j : chunk;
         for (std::size_t g = 0; g < group; g += 4) {
@@ -300,6 +302,12 @@ inline void weighted_sum_f32(const float* w, std::size_t w_stride, std::size_t g
 inline void weighted_sum_f16(const float* w, std::size_t w_stride, std::size_t group, const float16* v,
                              std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
                              std::size_t out_stride, const void* next) noexcept {
+    weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);
+}
+
+inline void weighted_sum_bf16(const float* w, std::size_t w_stride, std::size_t group, const bfloat16* v,
+                              std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
+                              std::size_t out_stride, const void* next) noexcept {
     weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);
 }
 
@@ -392,10 +400,29 @@ inline void softmax(float* row, std::size_t n, float* lse) noexcept {
     *lse = static_cast<float>(static_cast<double>(top) + std::log(sum));
 }
 
-inline void add(float* out, const float* x, std::size_t n) noexcept {
-    std::size_t j = 0;
-    for (; j + 8 <= n; j += 8) _mm256_storeu_ps(out + j, load(out + j) + load(x + j));
-    for (; j < n; ++j) out[j] += x[j];
+inline void add_rows(float* out, const float* x, std::size_t x_stride, std::size_t rows,
+                     std::size_t n) noexcept {
+    for (std::size_t first = 0; first < rows; first += 8) {
+        const std::size_t count = rows - first < 8 ? rows - first : 8;
+        const float* row = x + first * x_stride;
+        std::size_t j = 0;
+        for (; j + 32 <= n; j += 32) {
+            __m256 sum[4];
+#    pragma GCC unroll 4
+            for (std::size_t i = 0; i < 4; ++i) sum[i] = load(out + j + 8 * i);
+            for (std::size_t r = 0; r < count; ++r)
+#    pragma GCC unroll 4
+                for (std::size_t i = 0; i < 4; ++i) sum[i] = sum[i] + load(row + r * x_stride + j + 8 * i);
+#    pragma GCC unroll 4
+            for (std::size_t i = 0; i < 4; ++i) _mm256_storeu_ps(out + j + 8 * i, sum[i]);
+        }
+        for (; j < n; j += 8) {
+            const std::size_t part = n - j < 8 ? n - j : 8;
+            __m256 sum = load_part(out + j, part);
+            for (std::size_t r = 0; r < count; ++r) sum = sum + load_part(row + r * x_stride + j, part);
+            _mm256_maskstore_ps(out + j, mask_of(part), sum);
+        }
+    }
 }
 
 inline void maximum(float* out, const float* x, std::size_t n) noexcept {
@@ -404,18 +431,43 @@ inline void maximum(float* out, const float* x, std::size_t n) noexcept {
     for (; j < n; ++j) raise(out[j], x[j]);
 }
 
-inline void widen(const float16* x, float* out, std::size_t n) noexcept {
+template <class T>
+[[gnu::always_inline]] inline void widen_row(const T* x, float* out, std::size_t n) noexcept {
     std::size_t j = 0;
     for (; j + 8 <= n; j += 8) _mm256_storeu_ps(out + j, load(x + j));
     if (j < n) _mm256_maskstore_ps(out + j, mask_of(n - j), load_part(x + j, n - j));
 }
+inline void widen_f16(const float16* x, float* out, std::size_t n) noexcept {
+    widen_row(x, out, n);
+}
+inline void widen_bf16(const bfloat16* x, float* out, std::size_t n) noexcept {
+    widen_row(x, out, n);
+}
 
-inline void narrow(const float* x, float16* out, std::size_t n) noexcept {
+inline void narrow_f16(const float* x, float16* out, std::size_t n) noexcept {
     std::size_t j = 0;
     for (; j + 8 <= n; j += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j),
                          _mm256_cvtps_ph(load(x + j), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     for (; j < n; ++j) out[j] = to_float16(x[j]);
+}
+/// to_bfloat16, bit by bit.
+inline void narrow_bf16(const float* x, bfloat16* out, std::size_t n) noexcept {
+    std::size_t j = 0;
+    for (; j + 8 <= n; j += 8) {
+        const __m256i bits = _mm256_castps_si256(load(x + j)), high = _mm256_srli_epi32(bits, 16);
+        const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
+        const __m256i nan = _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x7F800000));
+        const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        const __m256i rounded =
+            _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7FFF), odd)), 16);
+        const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+        const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+        // packs within halves: the halves' first quarters belong together
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j), _mm256_castsi256_si128(packed));
+    }
+    for (; j < n; ++j) out[j] = to_bfloat16(x[j]);
 }
 
 }  // namespace kvcull::inline KVCULL_ABI::simd::avx2

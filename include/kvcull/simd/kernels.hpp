@@ -16,14 +16,15 @@
 #include "../base/error.hpp"
 #include "../base/types.hpp"
 #include "avx2.hpp"
+#include "avx512.hpp"
 #include "scalar.hpp"
 #include "target.hpp"
 
 namespace kvcull::inline KVCULL_ABI::simd {
 
 /// Instruction sets, each better than the one before it.
-enum class Isa : std::uint8_t { scalar, avx2 };
-inline constexpr std::array all_isas{Isa::scalar, Isa::avx2};
+enum class Isa : std::uint8_t { scalar, avx2, avx512 };
+inline constexpr std::array all_isas{Isa::scalar, Isa::avx2, Isa::avx512};
 
 /// out[g * out_stride + j] = scale * (q_g . k_j) for g < group, j < rows. Float sums.
 /// @param next  rows that will be read after these and may be fetched meanwhile, or nullptr.
@@ -62,21 +63,31 @@ struct Kernels {
     Isa isa;
     Dots<float> dots_f32;
     Dots<float16> dots_f16;
+    Dots<bfloat16> dots_bf16;
     WeightedSum<float> weighted_sum_f32;
     WeightedSum<float16> weighted_sum_f16;
+    WeightedSum<bfloat16> weighted_sum_bf16;
     /// Softmax of row[n] in place, and its log-sum-exp in *lse. -Inf entries get weight 0. n = 0 or all -Inf:
     /// zeros and -Inf. A NaN or +Inf anywhere: zeros and NaN, so that a bad row votes for nothing. The
     /// log-sum-exp is no return value because Clang's -ffast-math lets no NaN through one.
     void (*softmax)(float* row, std::size_t n, float* lse) noexcept;
-    void (*add)(float* out, const float* x, std::size_t n) noexcept;      ///< out[j] += x[j]
-    void (*maximum)(float* out, const float* x, std::size_t n) noexcept;  ///< out[j] = max(out[j], x[j])
+    /// out[j] += x[r * x_stride + j] for r < rows, row after row: the bits of `rows` calls of `add`.
+    void (*add_rows)(float* out, const float* x, std::size_t x_stride, std::size_t rows,
+                     std::size_t n) noexcept;
+    /// out[j] = max(out[j], x[j])
+    void (*maximum)(float* out, const float* x, std::size_t n) noexcept;
     void (*widen_f16)(const float16* x, float* out, std::size_t n) noexcept;
-    /// Round to nearest even, the same bits as to_float16; NaN stays NaN.
+    void (*widen_bf16)(const bfloat16* x, float* out, std::size_t n) noexcept;
+    /// Round to nearest even, the same bits as to_float16 and to_bfloat16; NaN stays NaN.
     void (*narrow_f16)(const float* x, float16* out, std::size_t n) noexcept;
+    void (*narrow_bf16)(const float* x, bfloat16* out, std::size_t n) noexcept;
+
+    /// out[j] += x[j]
+    void add(float* out, const float* x, std::size_t n) const noexcept { add_rows(out, x, n, 1, n); }
 };
 
 [[nodiscard]] constexpr std::string_view name_of(Isa isa) noexcept {
-    return isa == Isa::avx2 ? "avx2" : "scalar";
+    return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "scalar";
 }
 
 /// @throws config_error that lists the known names.
@@ -92,6 +103,7 @@ struct Kernels {
 /// Whether this build, this CPU and its operating system can run `isa`.
 [[nodiscard]] inline bool available(Isa isa) noexcept {
 #if KVCULL_X86
+    if (isa == Isa::avx512) return avx512::supported();
     if (isa == Isa::avx2) return avx2::supported();
 #endif
     return isa == Isa::scalar;
@@ -110,30 +122,55 @@ struct Kernels {
     detail::check<error::config_error>(available(isa), "kernels_for", "isa", name_of(isa),
                                        "one that this machine has");
 #if KVCULL_X86
+    if (isa == Isa::avx512) {
+        static constexpr Kernels table{Isa::avx512,
+                                       {avx512::dots_f32},
+                                       {avx512::dots_f16},
+                                       {avx512::dots_bf16},
+                                       {avx512::weighted_sum_f32},
+                                       {avx512::weighted_sum_f16},
+                                       {avx512::weighted_sum_bf16},
+                                       avx512::softmax,
+                                       avx512::add_rows,
+                                       avx512::maximum,
+                                       avx512::widen_f16,
+                                       avx512::widen_bf16,
+                                       avx512::narrow_f16,
+                                       avx512::narrow_bf16};
+        return table;
+    }
     if (isa == Isa::avx2) {
         static constexpr Kernels table{Isa::avx2,
                                        {avx2::dots_f32},
                                        {avx2::dots_f16},
+                                       {avx2::dots_bf16},
                                        {avx2::weighted_sum_f32},
                                        {avx2::weighted_sum_f16},
+                                       {avx2::weighted_sum_bf16},
                                        avx2::softmax,
-                                       avx2::add,
+                                       avx2::add_rows,
                                        avx2::maximum,
-                                       avx2::widen,
-                                       avx2::narrow};
+                                       avx2::widen_f16,
+                                       avx2::widen_bf16,
+                                       avx2::narrow_f16,
+                                       avx2::narrow_bf16};
         return table;
     }
 #endif
     static constexpr Kernels table{Isa::scalar,
                                    {scalar::dots_f32},
                                    {scalar::dots_f16},
+                                   {scalar::dots_bf16},
                                    {scalar::weighted_sum_f32},
                                    {scalar::weighted_sum_f16},
+                                   {scalar::weighted_sum_bf16},
                                    scalar::softmax,
-                                   scalar::add,
+                                   scalar::add_rows,
                                    scalar::maximum,
-                                   scalar::widen,
-                                   scalar::narrow};
+                                   scalar::widen_f16,
+                                   scalar::widen_bf16,
+                                   scalar::narrow_f16,
+                                   scalar::narrow_bf16};
     return table;
 }
 
@@ -143,8 +180,8 @@ struct Kernels {
     return cap == nullptr || *cap == '\0' ? best : std::min(best, parse_isa(cap));
 }
 
-/// The best kernels, chosen at the first call; the environment variable KVCULL_ISA (scalar, avx2) caps the
-/// choice.
+/// The best kernels, chosen at the first call; the environment variable KVCULL_ISA (scalar, avx2, avx512)
+/// caps the choice.
 /// @throws config_error if the variable holds an unknown name.
 [[nodiscard]] inline const Kernels& kernels() {
     static const Kernels& chosen = kernels_for(capped(detect(), std::getenv("KVCULL_ISA")));

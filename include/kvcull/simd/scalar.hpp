@@ -61,6 +61,11 @@ inline void dots_f16(const float* q, std::size_t q_stride, std::size_t group, co
                      std::size_t out_stride, const void*) noexcept {
     dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride);
 }
+inline void dots_bf16(const float* q, std::size_t q_stride, std::size_t group, const bfloat16* k,
+                      std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
+                      std::size_t out_stride, const void*) noexcept {
+    dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride);
+}
 inline void weighted_sum_f32(const float* w, std::size_t w_stride, std::size_t group, const float* v,
                              std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
                              std::size_t out_stride, const void*) noexcept {
@@ -69,6 +74,11 @@ inline void weighted_sum_f32(const float* w, std::size_t w_stride, std::size_t g
 inline void weighted_sum_f16(const float* w, std::size_t w_stride, std::size_t group, const float16* v,
                              std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
                              std::size_t out_stride, const void*) noexcept {
+    weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride);
+}
+inline void weighted_sum_bf16(const float* w, std::size_t w_stride, std::size_t group, const bfloat16* v,
+                              std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
+                              std::size_t out_stride, const void*) noexcept {
     weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride);
 }
 
@@ -96,20 +106,28 @@ inline void softmax(float* row, std::size_t n, float* lse) noexcept {
     *lse = static_cast<float>(static_cast<double>(largest) + std::log(sum));
 }
 
-inline void add(float* out, const float* x, std::size_t n) noexcept {
-    for (std::size_t j = 0; j < n; ++j) out[j] += x[j];
+inline void add_rows(float* out, const float* x, std::size_t x_stride, std::size_t rows,
+                     std::size_t n) noexcept {
+    for (std::size_t r = 0; r < rows; ++r)
+        for (std::size_t j = 0; j < n; ++j) out[j] += x[r * x_stride + j];
 }
 
 inline void maximum(float* out, const float* x, std::size_t n) noexcept {
     for (std::size_t j = 0; j < n; ++j) raise(out[j], x[j]);
 }
 
-inline void widen(const float16* x, float* out, std::size_t n) noexcept {
+inline void widen_f16(const float16* x, float* out, std::size_t n) noexcept {
+    for (std::size_t j = 0; j < n; ++j) out[j] = to_float(x[j]);
+}
+inline void widen_bf16(const bfloat16* x, float* out, std::size_t n) noexcept {
     for (std::size_t j = 0; j < n; ++j) out[j] = to_float(x[j]);
 }
 
-inline void narrow(const float* x, float16* out, std::size_t n) noexcept {
+inline void narrow_f16(const float* x, float16* out, std::size_t n) noexcept {
     for (std::size_t j = 0; j < n; ++j) out[j] = to_float16(x[j]);
+}
+inline void narrow_bf16(const float* x, bfloat16* out, std::size_t n) noexcept {
+    for (std::size_t j = 0; j < n; ++j) out[j] = to_bfloat16(x[j]);
 }
 
 }  // namespace kvcull::inline KVCULL_ABI::simd::scalar

@@ -40,3 +40,16 @@
 #    define KVCULL_PRECISE_BEGIN
 #    define KVCULL_PRECISE_END
 #endif
+
+/// GCC 12 warns that AVX-512 intrinsics read an uninitialised value: the one they pass where a mask leaves no
+/// lane to be taken from it.
+#if defined(__GNUC__) && !defined(__clang__)
+#    define KVCULL_AVX512_WARNINGS_BEGIN                        \
+        KVCULL_PRAGMA(GCC diagnostic push)                      \
+        KVCULL_PRAGMA(GCC diagnostic ignored "-Wuninitialized") \
+        KVCULL_PRAGMA(GCC diagnostic ignored "-Wmaybe-uninitialized")
+#    define KVCULL_AVX512_WARNINGS_END KVCULL_PRAGMA(GCC diagnostic pop)
+#else
+#    define KVCULL_AVX512_WARNINGS_BEGIN
+#    define KVCULL_AVX512_WARNINGS_END
+#endif

@@ -1,0 +1,507 @@
+#pragma once
+/// Kernels for AVX-512 (F, BW, DQ, VL). kernels.hpp says what each one means; here is how.
+///
+/// A dot product keeps one vector of 16 partial sums (channel c goes to lane c % 16, fused multiply-adds in
+/// order) and adds the lanes in one fixed tree, whatever the shape of the tile that computes it. A weighted
+/// sum is one chain of fused multiply-adds per channel, row after row, as in avx2.hpp: same bits. Tails are
+/// masked. Errors: dot at most (dim / 16 + 5) 2^-24 sum |q_c k_c|; weighted sum rows * 2^-24 sum |w_j
+/// v_j[c]|.
+///
+/// The BF16 extension is not used: its dot product would round the query to bfloat16 first, and its
+/// conversion takes subnormal numbers for zero.
+
+#include "target.hpp"
+
+#if KVCULL_X86
+
+#    include <immintrin.h>
+
+#    include <cmath>
+#    include <cstddef>
+#    include <cstdint>
+#    include <cstring>
+
+#    include "../base/types.hpp"
+#    include "ahead.hpp"
+#    include "cpuid.hpp"
+#    include "exp.hpp"
+
+namespace kvcull::inline KVCULL_ABI::simd::avx512 {
+
+/// Whether CPU and operating system have all of it.
+[[nodiscard]] inline bool supported() noexcept {
+    constexpr std::uint32_t features = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    constexpr std::uint32_t saved = 0xE6;
+    const CpuId cpu;
+    return (cpu.leaf7_ebx & features) == features && (cpu.saved_state & saved) == saved;
+}
+
+}  // namespace kvcull::inline KVCULL_ABI::simd::avx512
+
+KVCULL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl")
+KVCULL_AVX512_WARNINGS_BEGIN
+
+namespace kvcull::inline KVCULL_ABI::simd::avx512 {
+
+// As in avx2.hpp, sums and products are operators where there is one, and NaN is told by integers.
+[[gnu::always_inline]] inline __m512 fma(__m512 a, __m512 b, __m512 c) noexcept {
+    return _mm512_fmadd_ps(a, b, c);
+}
+[[gnu::always_inline]] inline __m512 zero() noexcept {
+    return _mm512_castsi512_ps(_mm512_set1_epi32(0));
+}
+/// The first `count` < 16 lanes.
+[[gnu::always_inline]] inline __mmask16 mask_of(std::size_t count) noexcept {
+    return static_cast<__mmask16>((1U << count) - 1U);
+}
+[[gnu::always_inline]] inline __m512 widened(__m256i half, float16) noexcept {
+    return _mm512_cvtph_ps(half);
+}
+[[gnu::always_inline]] inline __m512 widened(__m256i half, bfloat16) noexcept {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+[[gnu::always_inline]] inline __m512 load(const float* x) noexcept {
+    return _mm512_loadu_ps(x);
+}
+template <class T>
+[[gnu::always_inline]] inline __m512 load(const T* x) noexcept {
+    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), T{});
+}
+/// The lanes of a mask, zero in the others; memory behind them is not touched.
+[[gnu::always_inline]] inline __m512 load_part(const float* x, __mmask16 mask) noexcept {
+    return _mm512_maskz_loadu_ps(mask, x);
+}
+template <class T>
+[[gnu::always_inline]] inline __m512 load_part(const T* x, __mmask16 mask) noexcept {
+    return widened(_mm256_maskz_loadu_epi16(mask, x), T{});
+}
+/// Pins a value that several multiply-adds use in a register: GCC would load it again for each of them.
+[[gnu::always_inline]] inline __m512 pinned(__m512 x) noexcept {
+    __asm__("" : "+v"(x));
+    return x;
+}
+
+/// [a's upper and lower half added | b's]
+[[gnu::always_inline]] inline __m512 halves(__m512 a, __m512 b) noexcept {
+    return _mm512_mask_blend_ps(0xFF00, a, b) + _mm512_shuffle_f32x4(a, b, 0x4E);
+}
+/// [a's quarters added (0 + 2) + (1 + 3) | b's | c's | d's]
+[[gnu::always_inline]] inline __m512 quarters(__m512 a, __m512 b, __m512 c, __m512 d) noexcept {
+    const __m512 ab = halves(a, b), cd = halves(c, d);
+    return _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xDD);
+}
+/// The sums of four vectors: quarters as above, then the lanes of that quarter (0 + 2) + (1 + 3).
+[[gnu::always_inline]] inline __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) noexcept {
+    __m512 all = quarters(a, b, c, d);
+    all = all + _mm512_permute_ps(all, 0x4E);
+    all = all + _mm512_permute_ps(all, 0xB1);
+    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(first, all));
+}
+/// The same of sixteen.
+[[gnu::always_inline]] inline __m512 sums(const __m512* x) noexcept {
+    const __m512 a = quarters(x[0], x[4], x[8], x[12]), b = quarters(x[1], x[5], x[9], x[13]);
+    const __m512 c = quarters(x[2], x[6], x[10], x[14]), d = quarters(x[3], x[7], x[11], x[15]);
+    const __m512d even = _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+    const __m512d odd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd));
+}
+
+/// 16 channels of Q queries times R rows.
+template <std::size_t Q, std::size_t R, class T>
+[[gnu::always_inline]] inline void dot_step(const float* q, std::size_t q_stride, const T* k,
+                                            std::size_t k_stride, __m512* sum) noexcept {
+    __m512 row[R];
+#    pragma GCC unroll 16
+    for (std::size_t r = 0; r < R; ++r) row[r] = load(k + r * k_stride);
+#    pragma GCC unroll 16
+    for (std::size_t g = 0; g < Q; ++g) {
+        const __m512 query = pinned(load(q + g * q_stride));
+#    pragma GCC unroll 16
+        for (std::size_t r = 0; r < R; ++r) sum[g * R + r] = fma(query, row[r], sum[g * R + r]);
+    }
+}
+
+/// Q queries times R rows in registers. Fetches the R rows that lie `ahead`.
+template <std::size_t Q, std::size_t R, class T>
+[[gnu::always_inline]] inline void dot_tile(const float* q, std::size_t q_stride, const T* k,
+                                            std::size_t k_stride, std::size_t dim, float scale, float* out,
+                                            std::size_t out_stride, std::uintptr_t ahead) noexcept {
+    constexpr std::size_t count = Q * R, line = 64 / sizeof(T);
+    Fetch fetch(k, ahead, R, dim, k_stride);
+    __m512 sum[count];
+#    pragma GCC unroll 16
+    for (std::size_t i = 0; i < count; ++i) sum[i] = zero();
+    std::size_t c = 0;
+    for (; c + 16 <= dim; c += 16) {
+        if (c % line == 0) fetch.next<R>();
+        dot_step<Q, R>(q + c, q_stride, k + c, k_stride, sum);
+    }
+    if (c < dim) {
+        const __mmask16 mask = mask_of(dim - c);
+#    pragma GCC unroll 16
+        for (std::size_t g = 0; g < Q; ++g) {
+            const __m512 query = load_part(q + g * q_stride + c, mask);
+#    pragma GCC unroll 16
+            for (std::size_t r = 0; r < R; ++r)
+                sum[g * R + r] = fma(query, load_part(k + r * k_stride + c, mask), sum[g * R + r]);
+        }
+    }
+    alignas(64) float result[16];
+    if constexpr (count == 16) {
+        _mm512_store_ps(result, sums(sum) * _mm512_set1_ps(scale));
+    } else {
+        constexpr std::size_t last = count - 1;
+#    pragma GCC unroll 4
+        for (std::size_t i = 0; i < count; i += 4) {
+            const __m128 four = sums(sum[i], sum[i + 1 < last ? i + 1 : last],
+                                     sum[i + 2 < last ? i + 2 : last], sum[i + 3 < last ? i + 3 : last]);
+            _mm_store_ps(result + i, four * _mm_set1_ps(scale));
+        }
+    }
+#    pragma GCC unroll 4
+    for (std::size_t g = 0; g < Q; ++g) std::memcpy(out + g * out_stride, result + g * R, R * sizeof(float));
+}
+
+/// Q queries over all rows, R at a time.
+template <std::size_t Q, std::size_t R, class T>
+[[gnu::always_inline]] inline void dot_rows(const float* q, std::size_t q_stride, const T* k,
+                                            std::size_t k_stride, std::size_t rows, std::size_t dim,
+                                            float scale, float* out, std::size_t out_stride,
+                                            std::uintptr_t ahead) noexcept {
+    std::size_t j = 0;
+    for (; j + R <= rows; j += R)
+        dot_tile<Q, R>(q, q_stride, k + j * k_stride, k_stride, dim, scale, out + j, out_stride, ahead);
+    for (; j < rows; ++j)
+        dot_tile<Q, 1>(q, q_stride, k + j * k_stride, k_stride, dim, scale, out + j, out_stride, ahead);
+}
+
+template <class T>
+[[gnu::always_inline]] inline void dots(const float* q, std::size_t q_stride, std::size_t group, const T* k,
+                                        std::size_t k_stride, std::size_t rows, std::size_t dim, float scale,
+                                        float* out, std::size_t out_stride, const void* next) noexcept {
+    const std::uintptr_t ahead = distance(k, rows * k_stride, next);
+    const std::size_t chunk = group <= 4 ? rows : chunk_rows(dim * sizeof(T));
+    for (std::size_t j = 0; j < rows; j += chunk) {
+        const std::size_t count = rows - j < chunk ? rows - j : chunk;
+        for (std::size_t g = 0; g < group; g += 4) {
+            const float* query = q + g * q_stride;
+            const T* row = k + j * k_stride;
+            float* to = out + g * out_stride + j;
+            switch (group - g) {
+                case 1:
+                    dot_rows<1, 4>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+                    break;
+                case 2:
+                    dot_rows<2, 4>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+                    break;
+                case 3:
+                    dot_rows<3, 4>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+                    break;
+                default:
+                    dot_rows<4, 4>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+            }
+        }
+    }
+}
+
+inline void dots_f32(const float* q, std::size_t q_stride, std::size_t group, const float* k,
+                     std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
+                     std::size_t out_stride, const void* next) noexcept {
+    dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+}
+inline void dots_f16(const float* q, std::size_t q_stride, std::size_t group, const float16* k,
+                     std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
+                     std::size_t out_stride, const void* next) noexcept {
+    dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+}
+inline void dots_bf16(const float* q, std::size_t q_stride, std::size_t group, const bfloat16* k,
+                      std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
+                      std::size_t out_stride, const void* next) noexcept {
+    dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+}
+
+/// Q outputs times C vectors of channels in registers, over `rows` rows. Row j fetches what lies at
+/// `fetch + j * fetch_row`.
+template <std::size_t Q, std::size_t C, class T>
+[[gnu::always_inline]] inline void sum_tile(const float* w, std::size_t w_stride, const T* v,
+                                            std::size_t v_stride, std::size_t rows, float* out,
+                                            std::size_t out_stride, std::uintptr_t fetch,
+                                            std::size_t fetch_row) noexcept {
+    __m512 sum[Q * C];
+#    pragma GCC unroll 16
+    for (std::size_t i = 0; i < Q * C; ++i) sum[i] = load(out + i / C * out_stride + i % C * 16);
+    for (std::size_t j = 0; j < rows; ++j) {
+        __m512 row[C];
+#    pragma GCC unroll 8
+        for (std::size_t c = 0; c < C; ++c) {
+            row[c] = load(v + j * v_stride + c * 16);
+            if (c * 16 * sizeof(T) % 64 == 0) prefetch(fetch + j * fetch_row + c * 16 * sizeof(T));
+        }
+#    pragma GCC unroll 8
+        for (std::size_t g = 0; g < Q; ++g) {
+            const __m512 weight = pinned(_mm512_set1_ps(w[g * w_stride + j]));
+#    pragma GCC unroll 8
+            for (std::size_t c = 0; c < C; ++c) sum[g * C + c] = fma(weight, row[c], sum[g * C + c]);
+        }
+    }
+#    pragma GCC unroll 16
+    for (std::size_t i = 0; i < Q * C; ++i) _mm512_storeu_ps(out + i / C * out_stride + i % C * 16, sum[i]);
+}
+
+/// The last channels, fewer than 16.
+template <std::size_t Q, class T>
+[[gnu::always_inline]] inline void sum_tail(const float* w, std::size_t w_stride, const T* v,
+                                            std::size_t v_stride, std::size_t rows, __mmask16 mask,
+                                            float* out, std::size_t out_stride) noexcept {
+    __m512 sum[Q];
+#    pragma GCC unroll 8
+    for (std::size_t g = 0; g < Q; ++g) sum[g] = load_part(out + g * out_stride, mask);
+    for (std::size_t j = 0; j < rows; ++j) {
+        const __m512 row = load_part(v + j * v_stride, mask);
+#    pragma GCC unroll 8
+        for (std::size_t g = 0; g < Q; ++g) sum[g] = fma(_mm512_set1_ps(w[g * w_stride + j]), row, sum[g]);
+    }
+#    pragma GCC unroll 8
+    for (std::size_t g = 0; g < Q; ++g) _mm512_mask_storeu_ps(out + g * out_stride, mask, sum[g]);
+}
+
+/// Q outputs over all rows, in blocks of 16 rows, so that a block stays in the first-level cache while all
+/// its channels are summed, and the partial sums are loaded and stored once per sixteen multiply-adds.
+template <std::size_t Q, std::size_t C, class T>
+[[gnu::always_inline]] inline void sum_rows(const float* w, std::size_t w_stride, const T* v,
+                                            std::size_t v_stride, std::size_t rows, std::size_t dim,
+                                            float* out, std::size_t out_stride,
+                                            std::uintptr_t ahead) noexcept {
+    for (std::size_t j = 0; j < rows; j += 16) {
+        const std::size_t count = rows - j < 16 ? rows - j : 16;
+        const float* weight = w + j;
+        const T* row = v + j * v_stride;
+        const std::uintptr_t fetch = reinterpret_cast<std::uintptr_t>(row) + ahead;
+        const bool dense = v_stride == dim;
+        const std::size_t fetch_row = (dense ? 16 * C : v_stride) * sizeof(T), fetch_part = dense ? count : 1;
+        std::size_t c = 0;
+        for (; c + 16 * C <= dim; c += 16 * C)
+            sum_tile<Q, C>(weight, w_stride, row + c, v_stride, count, out + c, out_stride,
+                           fetch + c * fetch_part * sizeof(T), fetch_row);
+        for (; c + 16 <= dim; c += 16)
+            sum_tile<Q, 1>(weight, w_stride, row + c, v_stride, count, out + c, out_stride,
+                           fetch + c * fetch_part * sizeof(T), dense ? 16 * sizeof(T) : fetch_row);
+        if (c < dim)
+            sum_tail<Q>(weight, w_stride, row + c, v_stride, count, mask_of(dim - c), out + c, out_stride);
+    }
+}
+
+template <class T>
+[[gnu::always_inline]] inline void weighted_sum(const float* w, std::size_t w_stride, std::size_t group,
+                                                const T* v, std::size_t v_stride, std::size_t rows,
+                                                std::size_t dim, float* out, std::size_t out_stride,
+                                                const void* next) noexcept {
+    const std::uintptr_t ahead = distance(v, rows * v_stride, next);
+    const std::size_t chunk = group <= 4 ? rows : chunk_rows(dim * sizeof(T));
+    for (std::size_t j = 0; j < rows; j += chunk) {
+        const std::size_t count = rows - j < chunk ? rows - j : chunk;
+        for (std::size_t g = 0; g < group; g += 4) {
+            const float* weight = w + g * w_stride + j;
+            const T* row = v + j * v_stride;
+            float* to = out + g * out_stride;
+            switch (group - g) {
+                case 1:
+                    sum_rows<1, 8>(weight, w_stride, row, v_stride, count, dim, to, out_stride, ahead);
+                    break;
+                case 2:
+                    sum_rows<2, 8>(weight, w_stride, row, v_stride, count, dim, to, out_stride, ahead);
+                    break;
+                case 3:
+                    sum_rows<3, 4>(weight, w_stride, row, v_stride, count, dim, to, out_stride, ahead);
+                    break;
+                default:
+                    sum_rows<4, 4>(weight, w_stride, row, v_stride, count, dim, to, out_stride, ahead);
+            }
+        }
+    }
+}
+
+inline void weighted_sum_f32(const float* w, std::size_t w_stride, std::size_t group, const float* v,
+                             std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
+                             std::size_t out_stride, const void* next) noexcept {
+    weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);
+}
+inline void weighted_sum_f16(const float* w, std::size_t w_stride, std::size_t group, const float16* v,
+                             std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
+                             std::size_t out_stride, const void* next) noexcept {
+    weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);
+}
+inline void weighted_sum_bf16(const float* w, std::size_t w_stride, std::size_t group, const bfloat16* v,
+                              std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
+                              std::size_t out_stride, const void* next) noexcept {
+    weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);
+}
+
+/// exp_non_positive of sixteen numbers: the arithmetic of avx2.hpp, so the same bits.
+[[gnu::always_inline]] inline __m512 exp_non_positive(__m512 x) noexcept {
+    using C = ExpConstants;
+    const __m512 smallest = _mm512_set1_ps(C::smallest);
+    const __m512 clamped = _mm512_max_ps(x, smallest);
+    const __m512 k = _mm512_roundscale_ps(clamped * _mm512_set1_ps(C::inverse_ln2),
+                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 high = fma(k, _mm512_set1_ps(-C::ln2_high), clamped);
+    const __m512 r = fma(k, _mm512_set1_ps(-C::ln2_low), high);
+    __m512 p = _mm512_set1_ps(C::c[4]);
+    p = fma(p, r, _mm512_set1_ps(C::c[3]));
+    p = fma(p, r, _mm512_set1_ps(C::c[2]));
+    p = fma(p, r, _mm512_set1_ps(C::c[1]));
+    p = fma(p, r, _mm512_set1_ps(C::c[0]));
+    const __m512 mantissa = fma(p * r, r, r) + _mm512_set1_ps(1.0F);
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, smallest, _CMP_GE_OQ), mantissa, k);
+}
+
+/// Lanes that hold NaN or +Inf: a question to the bits, which no fast-math flag touches.
+[[gnu::always_inline]] inline __mmask16 is_bad(__m512 x) noexcept {
+    constexpr int quiet_nan = 0x01, positive_infinity = 0x08, signalling_nan = 0x80;
+    return _mm512_fpclass_ps_mask(x, quiet_nan | positive_infinity | signalling_nan);
+}
+/// The entries of a mask; -Inf, which counts for nothing, in the other lanes.
+[[gnu::always_inline]] inline __m512 load_tail(const float* x, __mmask16 mask) noexcept {
+    const __m512i infinity = _mm512_set1_epi32(static_cast<int>(negative_infinity_bits));
+    return _mm512_mask_loadu_ps(_mm512_castsi512_ps(infinity), mask, x);
+}
+
+inline void softmax(float* row, std::size_t n, float* lse) noexcept {
+    const std::size_t whole = n / 16 * 16;
+    const __mmask16 mask = mask_of(n - whole);
+    // Four maxima, so that none waits for the one before it. The lanes behind a row count as -Inf.
+    __m512 largest[4];
+    for (__m512& lane : largest)
+        lane = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(negative_infinity_bits)));
+    __mmask16 bad = 0;
+    std::size_t at = 0;
+    for (; at + 64 <= n; at += 64) {
+#    pragma GCC unroll 4
+        for (std::size_t i = 0; i < 4; ++i) {
+            const __m512 x = load(row + at + 16 * i);
+            bad = static_cast<__mmask16>(bad | is_bad(x));
+            largest[i] = _mm512_max_ps(x, largest[i]);
+        }
+    }
+    for (; at < n; at += 16) {
+        const __m512 x = at < whole ? load(row + at) : load_tail(row + at, mask);
+        bad = static_cast<__mmask16>(bad | is_bad(x));
+        largest[0] = _mm512_max_ps(x, largest[0]);
+    }
+    alignas(64) float lane[16];
+    _mm512_store_ps(
+        lane, _mm512_max_ps(_mm512_max_ps(largest[0], largest[1]), _mm512_max_ps(largest[2], largest[3])));
+    float top = lane[0];
+    for (int i = 1; i < 16; ++i) raise(top, lane[i]);
+    if (bad != 0 || !is_finite(top)) {
+        for (std::size_t j = 0; j < n; ++j) row[j] = 0;
+        const std::uint32_t bits = bad != 0 ? quiet_nan_bits : negative_infinity_bits;
+        std::memcpy(lse, &bits, sizeof bits);
+        return;
+    }
+    const __m512 shift = _mm512_set1_ps(top);
+    double sum = 0;
+    // Float sums of at most 64 terms per lane, double above them: the error does not grow with n.
+    for (std::size_t begin = 0; begin < n; begin += 1024) {
+        const std::size_t end = whole - begin < 1024 ? whole : begin + 1024;
+        __m512 part = zero();
+        for (std::size_t j = begin; j < end; j += 16) {
+            const __m512 weight = exp_non_positive(load(row + j) - shift);
+            _mm512_storeu_ps(row + j, weight);
+            part = part + weight;
+        }
+        if (end == whole && mask != 0 && end - begin < 1024) {
+            const __m512 weight = exp_non_positive(load_tail(row + whole, mask) - shift);
+            _mm512_mask_storeu_ps(row + whole, mask, weight);
+            part = part + weight;
+        }
+        sum += static_cast<double>(_mm_cvtss_f32(sums(part, part, part, part)));
+    }
+    const __m512 factor = _mm512_set1_ps(static_cast<float>(1.0 / sum));
+    for (std::size_t j = 0; j < whole; j += 16) _mm512_storeu_ps(row + j, load(row + j) * factor);
+    if (mask != 0) _mm512_mask_storeu_ps(row + whole, mask, load_part(row + whole, mask) * factor);
+    *lse = static_cast<float>(static_cast<double>(top) + std::log(sum));
+}
+
+inline void add_rows(float* out, const float* x, std::size_t x_stride, std::size_t rows,
+                     std::size_t n) noexcept {
+    for (std::size_t first = 0; first < rows; first += 8) {
+        const std::size_t count = rows - first < 8 ? rows - first : 8;
+        const float* row = x + first * x_stride;
+        std::size_t j = 0;
+        for (; j + 64 <= n; j += 64) {
+            __m512 sum[4];
+#    pragma GCC unroll 4
+            for (std::size_t i = 0; i < 4; ++i) sum[i] = load(out + j + 16 * i);
+            for (std::size_t r = 0; r < count; ++r)
+#    pragma GCC unroll 4
+                for (std::size_t i = 0; i < 4; ++i) sum[i] = sum[i] + load(row + r * x_stride + j + 16 * i);
+#    pragma GCC unroll 4
+            for (std::size_t i = 0; i < 4; ++i) _mm512_storeu_ps(out + j + 16 * i, sum[i]);
+        }
+        for (; j < n; j += 16) {
+            const __mmask16 mask = n - j < 16 ? mask_of(n - j) : static_cast<__mmask16>(0xFFFF);
+            __m512 sum = load_part(out + j, mask);
+            for (std::size_t r = 0; r < count; ++r) sum = sum + load_part(row + r * x_stride + j, mask);
+            _mm512_mask_storeu_ps(out + j, mask, sum);
+        }
+    }
+}
+
+inline void maximum(float* out, const float* x, std::size_t n) noexcept {
+    std::size_t j = 0;
+    for (; j + 16 <= n; j += 16) _mm512_storeu_ps(out + j, _mm512_max_ps(load(x + j), load(out + j)));
+    const __mmask16 mask = mask_of(n - j);
+    if (mask != 0)
+        _mm512_mask_storeu_ps(out + j, mask, _mm512_max_ps(load_part(x + j, mask), load_part(out + j, mask)));
+}
+
+template <class T>
+[[gnu::always_inline]] inline void widen_row(const T* x, float* out, std::size_t n) noexcept {
+    std::size_t j = 0;
+    for (; j + 16 <= n; j += 16) _mm512_storeu_ps(out + j, load(x + j));
+    const __mmask16 mask = mask_of(n - j);
+    if (mask != 0) _mm512_mask_storeu_ps(out + j, mask, load_part(x + j, mask));
+}
+inline void widen_f16(const float16* x, float* out, std::size_t n) noexcept {
+    widen_row(x, out, n);
+}
+inline void widen_bf16(const bfloat16* x, float* out, std::size_t n) noexcept {
+    widen_row(x, out, n);
+}
+
+[[gnu::always_inline]] inline __m256i narrowed(__m512 x, float16) noexcept {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+/// to_bfloat16, bit by bit.
+[[gnu::always_inline]] inline __m256i narrowed(__m512 x, bfloat16) noexcept {
+    const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+    const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(_mm512_set1_epi32(0x7FFF), odd));
+    const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, quiet));
+}
+template <class T>
+[[gnu::always_inline]] inline void narrow_row(const float* x, T* out, std::size_t n) noexcept {
+    std::size_t j = 0;
+    for (; j + 16 <= n; j += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), narrowed(load(x + j), T{}));
+    const __mmask16 mask = mask_of(n - j);
+    if (mask != 0) _mm256_mask_storeu_epi16(out + j, mask, narrowed(load_part(x + j, mask), T{}));
+}
+inline void narrow_f16(const float* x, float16* out, std::size_t n) noexcept {
+    narrow_row(x, out, n);
+}
+inline void narrow_bf16(const float* x, bfloat16* out, std::size_t n) noexcept {
+    narrow_row(x, out, n);
+}
+
+}  // namespace kvcull::inline KVCULL_ABI::simd::avx512
+
+KVCULL_AVX512_WARNINGS_END
+KVCULL_TARGET_END
+
+#endif
