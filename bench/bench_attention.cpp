@@ -136,22 +136,28 @@ void run(benchmark::State& state, const Case& shape) {
     Layer layer(shape, team);
     Roofline limits(shape.isa == "naive" ? "scalar" : shape.isa, team);
     if (state.max_iterations > 3) layer.step(shape.scores);  // touches all scratch
-    Series step, plain, read, multiply;
+    Series steps, reads, multiplications;
+    Ratios roofline, roofline_wall, over_none;
     for (auto _ : state) {
-        const Time taken = layer.step(shape.scores);
-        step.add(taken, state);
-        plain.add(shape.scores == Scores::none ? taken : layer.step(Scores::none));
-        read.add(limits.read(layer.memory()));
-        multiply.add(limits.multiply_adds(shape.multiply_adds()));
+        const Time step = layer.step(shape.scores);
+        const Time plain = shape.scores == Scores::none ? step : layer.step(Scores::none);
+        const Time read = limits.read(layer.memory());
+        const Time multiply = limits.multiply_adds(shape.multiply_adds());
+        steps.add(step, state);
+        reads.add(read);
+        multiplications.add(multiply);
+        roofline.add(std::max(read.busy, multiply.busy), step.busy);
+        roofline_wall.add(std::max(read.wall, multiply.wall), step.wall);
+        over_none.add(step.busy, plain.busy);
     }
     state.SetBytesProcessed(static_cast<std::int64_t>(shape.bytes()) * state.iterations());
-    state.counters["roofline"] = std::max(read.best(), multiply.best()) / step.best();
-    state.counters["roofline_wall"] = std::max(read.best_wall(), multiply.best_wall()) / step.best_wall();
-    state.counters["over_none"] = step.best() / plain.best();
-    state.counters["best_us"] = step.best() * 1e6;
-    state.counters["spread"] = step.spread();
-    state.counters["read_GB/s"] = shape.bytes() / read.best() * 1e-9;
-    state.counters["fma_G/s"] = shape.multiply_adds() / multiply.best() * 1e-9;
+    state.counters["roofline"] = roofline.middle();
+    state.counters["roofline_wall"] = roofline_wall.middle();
+    state.counters["over_none"] = over_none.middle();
+    state.counters["best_us"] = steps.best() * 1e6;
+    state.counters["spread"] = steps.spread();
+    state.counters["read_GB/s"] = shape.bytes() / reads.best() * 1e-9;
+    state.counters["fma_G/s"] = shape.multiply_adds() / multiplications.best() * 1e-9;
 }
 
 /// What a step takes roughly, in seconds: for the number of samples only.

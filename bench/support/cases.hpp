@@ -25,7 +25,21 @@ inline void add_case(const std::string& name, std::size_t samples,
         ->Unit(benchmark::kMicrosecond);
 }
 
-/// Times of samples. Counters compare the best busy ones, as whatever else runs on the machine only ever adds
+/// Ratios of samples that were taken one after the other, so that a machine that is faster for a while is so
+/// for both. The middle one counts.
+class Ratios {
+  public:
+    void add(double over, double under) { values_.push_back(over / under); }
+    [[nodiscard]] double middle() {
+        std::sort(values_.begin(), values_.end());
+        return values_[values_.size() / 2];
+    }
+
+  private:
+    std::vector<double> values_;
+};
+
+/// Times of samples. Counters show the best busy one, as whatever else runs on the machine only ever adds
 /// time; the table's time is the mean by the wall.
 class Series {
   public:

@@ -43,7 +43,7 @@ std::string complaint(const std::string& header, std::size_t data = 0) {
     return complaint(file_of(header, data));
 }
 auto says(const std::string& text) {
-    return Catch::Matchers::Contains(text);
+    return contains_text(text);
 }
 
 /// One tensor of several types, a scalar, an empty one, metadata that needs escapes.

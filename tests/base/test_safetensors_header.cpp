@@ -22,7 +22,7 @@ std::string complaint(const std::string& text) {
     }
 }
 auto says(const std::string& text) {
-    return Catch::Matchers::Contains(text);
+    return contains_text(text);
 }
 /// A tensor whose `part` of the entry is replaced.
 std::string tensor(const std::string& members) {

@@ -201,6 +201,32 @@ TEST_CASE("what a policy needs at the end of the step is asked for by name, befo
     REQUIRE(all_hold(cache, 5));
 }
 
+TEST_CASE("an engine whose policy decides at the end of the step hands over all its rows there",
+          "[contract]") {
+    const Stream stream(two_layers, 30, 2);
+    const Text text(30);
+    Evictor evictor(two_layers, SkipLike{.interval = 3}, Budget{.tokens = 5});
+    REQUIRE(evictor.decides_at_end());
+    REQUIRE_FALSE(Evictor(two_layers, LaqLike{}, Budget{.tokens = 5}).decides_at_end());
+    REQUIRE_FALSE(Evictor(two_layers, H2O{}, Budget{.tokens = 5}).decides_at_end());
+    REQUIRE(Evictor(two_layers, TrimDynamicLike{}, Budget{.tokens = 5}).decides_at_end());
+    Foreign rows(two_layers);
+    KVCache cache(two_layers, SkipLike{.interval = 3}, Budget{.tokens = 5});
+    for (std::size_t token = 0; token < 30; ++token) {
+        for (std::size_t layer = 0; layer < 2; ++layer) {
+            rows.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1), evictor.next_position());
+            REQUIRE(evictor.step(layer, rows.layer(layer), stream.q(layer, token, 1)).empty());
+        }
+        REQUIRE(failure<error::shape_error>([&] { evictor.end_step({}, text.inputs(token, 1)); }) ==
+                "Evictor::end_step: cached.kv_heads is 0, want 2");
+        rows.apply(evictor.end_step(rows.view(), text.inputs(token, 1)));
+        feed(cache, stream, token, 1, text.inputs(token, 1));
+        for (std::size_t i = 0; i < 4; ++i)
+            REQUIRE(to_vector(cache.view(i / 2, i % 2).position) == rows.positions(i / 2, i % 2));
+    }
+    REQUIRE(rows.positions(1, 0).size() == 5);
+}
+
 TEST_CASE("side values enter with their tokens and follow them through evictions", "[contract]") {
     const std::size_t tokens = 30, budget = 7;
     const Stream stream(two_layers, tokens, 3);
@@ -605,6 +631,7 @@ TEST_CASE("a model-pooled policy ranks all layers in one list at the end of the 
     const Stream stream(shape, tokens, 9);
     std::vector<float> log_beta = random_floats(6 * tokens, 10);
     for (float& x : log_beta) x = tied ? -0.25F : -0.01F - std::abs(x);
+    log_beta[1] = -1e-4F;  // takes a place for good, so that ties between heads are cut apart
     KVCache cache(shape, TrimDynamicLike{}, Budget{.tokens = budget});
     std::array<std::vector<position_t>, 6> held;
     for (std::size_t first = 0; first < tokens;) {
@@ -711,29 +738,51 @@ TEST_CASE("making room within a prompt leaves the division of head sizes alone",
     REQUIRE(cache.evictor().size(0, 1) == b);
 }
 
-TEST_CASE("a head that gets fewer rows than it holds may still share its blocks with a fork", "[contract]") {
-    // Blocks for the copy are reserved although the head was within its old size.
-    const CacheShape shape{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 8};
-    Stream stream(shape, 60, 13);
-    const auto sharpen = [&](std::size_t from, std::size_t to, std::size_t head, float factor) {
-        for (std::size_t token = from; token < to; ++token)
-            for (float& x : stream.query(token, 0, head)) x *= factor;
-    };
-    sharpen(0, 30, 0, 0.0F);
-    sharpen(30, 60, 1, 0.0F);
-    for (std::size_t budget = 12; budget < 30; budget += 3) {
-        BlockPool pool({.block_rows = 4});
-        KVCache<H2O, AdaLike> cache(shape, H2O{.recent = 0, .window = 1}, Budget{.tokens = budget}, pool);
-        cache.begin_prompt();
-        feed(cache, stream, 0, 30);
-        KVCache fork = cache.fork();
-        const auto kept = fork.positions(0, 0);
-        for (std::size_t first = 30; first < 58; first += 2) {
-            feed(cache, stream, first, 2);
-            REQUIRE(cache.rows(0, 0) + cache.rows(0, 1) == 2 * budget);
-        }
-        REQUIRE(fork.positions(0, 0) == kept);
+namespace {
+
+/// Head 0 keeps its oldest rows, head 1 its newest.
+struct EndsLike {
+    static constexpr std::string_view name = "ends_like";
+    using State = NoState;
+
+    static constexpr auto fields() { return std::tuple{}; }
+    static constexpr Needs needs(Phase /*phase*/) { return {}; }
+    static void observe(State& /*state*/, const HeadStep& /*step*/) {}
+    static void score(const State& /*state*/, const HeadStep& step, std::span<float> out) {
+        for (std::size_t j = 0; j < out.size(); ++j)
+            out[j] = static_cast<float>(step.cached.position[j]) * (step.head == 0 ? -1.0F : 1.0F);
     }
+};
+/// Whatever the test wants next.
+struct TableRule : AdaLike {
+    std::vector<std::size_t>* sizes = nullptr;
+
+    void head_sizes(std::span<const Candidates> /*heads*/, std::size_t /*size*/,
+                    std::span<std::size_t> out) const {
+        std::copy(sizes->begin(), sizes->end(), out.begin());
+    }
+};
+
+}  // namespace
+
+TEST_CASE("a head within its size may get a smaller one while a fork shares its blocks", "[contract]") {
+    const CacheShape shape{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 8};
+    const Stream stream(shape, 30, 13);
+    std::vector<std::size_t> sizes{2, 18};
+    BlockPool pool({.block_rows = 4});
+    KVCache<EndsLike, TableRule> cache(shape, {}, Budget{.tokens = 10}, pool, {{}, &sizes});
+    cache.begin_prompt();
+    feed(cache, stream, 0, 20);
+    const auto fork = cache.fork();
+    cache.truncate(4);
+    REQUIRE(cache.rows(0, 0) == 2);
+    REQUIRE(cache.rows(0, 1) == 14);
+    sizes = {14, 6};
+    feed(cache, stream, 16, 2);  // head 0 is over its two, head 1 within its eighteen
+    REQUIRE(cache.rows(0, 0) == 4);
+    REQUIRE(cache.positions(0, 1) == std::vector<position_t>{12, 13, 14, 15, 16, 17});
+    REQUIRE(fork.positions(0, 1).front() == 2);
+    REQUIRE(fork.rows(0, 1) == 18);
 }
 
 TEST_CASE("a rule gives every layer its own size", "[contract]") {

@@ -25,7 +25,7 @@ struct Probe {
 
     Phase phase = Phase::decode;
     std::size_t layer = unlimited;  // every one
-    std::size_t interval = 1;
+    std::size_t interval = 1, since_interval = 1;
     bool at_prompt_end = false;
     Scope ranked = Scope::head;
     std::vector<Moment>* asked = nullptr;
@@ -37,8 +37,8 @@ struct Probe {
     [[nodiscard]] bool due(const Moment& moment) const {
         if (asked != nullptr) asked->push_back(moment);
         return moment.phase == phase && (layer == unlimited || layer == moment.layer) &&
-               moment.rows > moment.budget && moment.since % interval == 0 &&
-               (!at_prompt_end || moment.prompt_end);
+               moment.rows > moment.budget && moment.seen % interval == 0 &&
+               moment.since % since_interval == 0 && (!at_prompt_end || moment.prompt_end);
     }
     static Protected protect(std::size_t budget) { return {1, budget / 4}; }
     static void observe(State& /*state*/, const HeadStep& /*step*/) {}
@@ -98,8 +98,11 @@ TEST_CASE("a policy that is never due takes no budget, any other does", "[contra
                 for (const bool end : {false, true}) {
                     if (end && phase != Phase::prompt) continue;
                     CAPTURE(static_cast<int>(phase), layer, interval, end);
-                    const Probe policy{
-                        .phase = phase, .layer = layer, .interval = interval, .at_prompt_end = end};
+                    const Probe policy{.phase = phase,
+                                       .layer = layer,
+                                       .interval = interval,
+                                       .since_interval = 1 + interval / 2,
+                                       .at_prompt_end = end};
                     const detail::Decision<Probe, Uniform> decision(shape, policy, {.tokens = 4}, {});
                     REQUIRE_FALSE(decision.never);
                     for (const Phase other : {Phase::prompt, Phase::decode, Phase::probe})
@@ -215,7 +218,7 @@ TEST_CASE("a choice keeps the best rows of each head beside the protected ones",
 }
 
 TEST_CASE("a shared choice keeps the same rows in every head, by the mean of the scores", "[contract]") {
-    const Rows rows({{0, 9, 0, 4, 0, 0}, {0, 0, 6, 4, 0, 0}});
+    const Rows rows({{0, 9, 0, 4, 5, 0}, {0, 0, 6, 4, 0, 0}});
     detail::Decision<Probe, Uniform> decision(shape, {.ranked = Scope::layer_shared}, {.tokens = 3}, {});
     Live<Probe> live = live_of<Probe>(rows);
     live.sizes = {3, 3, 3, 3};

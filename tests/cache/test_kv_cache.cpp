@@ -222,6 +222,7 @@ TEST_CASE("after reserve, no decode step takes anything from the heap, nor more 
     const std::size_t slack = GENERATE(std::size_t{0}, 5);
     const bool threaded = GENERATE(false, true);  // an executor may allocate, the cache around it may not
     const auto run = [&](auto policy) {
+        using P = decltype(policy);
         CAPTURE(policy.name, slack, threaded);
         const std::size_t tokens = 70, rows = 20 + slack;
         const Stream stream(small, tokens, 4);
@@ -233,16 +234,16 @@ TEST_CASE("after reserve, no decode step takes anything from the heap, nor more 
                 for (std::size_t i = count; i-- > 0;) body(i);
             });
         const std::array<float, 6> log_beta{-1.0F, -2.0F, -1.5F, -3.0F, -0.1F, -0.7F};
-        cache.begin_prompt(3);
-        feed(cache, stream, 0, 3, {}, {.log_beta = {log_beta.data(), 2, 3}});
-        cache.end_prompt();
-        const bool full = std::is_same_v<decltype(policy), Full>;
+        // Some states take memory of a fixed size when they see the first query row; any other begins cold.
+        constexpr bool warm = std::is_same_v<P, SnapKV> || std::is_same_v<P, CaoteLike<LastRowLike>>;
+        if (warm) feed(cache, stream, 0, 3);
+        const bool full = std::is_same_v<P, Full>;
         cache.reserve(full ? tokens : rows);
         pool.set_limit(pool.bytes());  // what is reserved must do
         const std::size_t bytes = cache.bytes();
         Outputs out(small, 1);
         std::size_t most = 0;
-        for (std::size_t token = 3; token < tokens; ++token) {
+        for (std::size_t token = warm ? 3 : 0; token < tokens; ++token) {
             const CountAllocations counter;
             for (std::size_t layer = 0; layer < 2; ++layer) {
                 cache.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1),
@@ -886,6 +887,31 @@ TEST_CASE("when the pool is exhausted, the call throws and nothing has changed, 
     run(LaqLike{});
     run(TrimDynamicLike{});
     run(SkipLike{});
+}
+
+TEST_CASE("what the first layer of a step gets is enough for the whole step", "[property]") {
+    for_every_policy([](auto policy) {
+        CAPTURE(policy.name);
+        const CacheShape shape{.layers = 4, .q_heads = 2, .kv_heads = 2, .head_dim = 8};
+        const Stream stream(shape, 150, 23);
+        BlockPool pool({.block_rows = 4});
+        KVCache cache(shape, policy, Budget{.tokens = 13}, pool);
+        std::vector<KVCache<decltype(policy)>> forks;
+        std::size_t first = 0;
+        for (const std::size_t count : {30U, 1U, 1U, 17U, 5U, 1U, 1U, 1U, 40U, 1U}) {
+            if (count % 2 == 1 && first > 30) forks.push_back(cache.fork());
+            Outputs out(shape, count);
+            for (std::size_t layer = 0; layer < 4; ++layer) {
+                cache.append(layer, stream.k(layer, first, count), stream.v(layer, first, count));
+                pool.set_limit(pool.bytes());
+                cache.attend(layer, stream.q(layer, first, count), out.layer(layer));
+            }
+            cache.end_step();
+            pool.set_limit(SIZE_MAX);
+            first += count;
+        }
+        REQUIRE(cache.seen() == first);
+    });
 }
 
 TEST_CASE("the layers of a step may come in any order", "[property]") {

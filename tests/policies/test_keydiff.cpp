@@ -183,6 +183,16 @@ TEST_CASE("KeyNorm does not notice RoPE", "[property]") {
     CHECK((keep(KeyNorm{}, stream, 20) == before));
 }
 
+TEST_CASE("KeyNorm heeds the budget's slack", "[property]") {
+    const Stream stream = random_stream(small, 40, 10);
+    for_each_driver(small, KeyNorm{}, {.tokens = 10, .slack = 4}, [&](auto& cache, const std::string&) {
+        feed_decode(cache, stream, 0, 14);
+        CHECK(cache.rows(0, 0) == 14);
+        feed_decode(cache, stream, 14, 15);
+        CHECK(cache.rows(0, 0) == 10);
+    });
+}
+
 TEST_CASE("KeyNorm lets be what is below prune_after", "[property]") {
     const Stream stream = random_stream(small, 40, 10);
     for_each_driver(small, KeyNorm{.prune_after = 30}, {.tokens = 10}, [&](auto& cache, const std::string&) {

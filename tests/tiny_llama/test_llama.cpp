@@ -99,7 +99,7 @@ class Folder {
         std::filesystem::temp_directory_path() / ("kvcull_test_llama_" + std::to_string(::getpid()));
 };
 auto says(const std::string& text) {
-    return Catch::Matchers::Contains(text);
+    return contains_text(text);
 }
 
 TEST_CASE("weights that do not fit the config are errors that name tensor, file, got and want",

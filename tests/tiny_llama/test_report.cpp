@@ -28,7 +28,7 @@ std::string text_of(const fs::path& file) {
     return out.str();
 }
 auto says(const std::string& text) {
-    return Catch::Matchers::Contains(text);
+    return contains_text(text);
 }
 
 const std::vector<Task> tasks{

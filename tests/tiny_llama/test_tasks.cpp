@@ -37,7 +37,7 @@ std::string complaint(const Names& where, const fs::path& home = model_folder) {
     }
 }
 auto says(const std::string& text) {
-    return Catch::Matchers::Contains(text);
+    return contains_text(text);
 }
 
 struct Folder {

@@ -218,9 +218,10 @@ class Decision {
     }
 
   private:
-    [[nodiscard]] bool due(const Moment& moment, std::size_t heads) const {
+    [[nodiscard]] bool due(Moment moment, std::size_t heads) const {
+        moment.slack = budget.slack * heads;
         if constexpr (Triggered<P>) return policy.due(moment);
-        return moment.rows > moment.budget && moment.rows - moment.budget > budget.slack * heads;
+        return moment.rows > moment.budget && moment.rows - moment.budget > moment.slack;
     }
     /// What selection protects in a head: the policy's rows and the user's, less those that are still to
     /// come.

@@ -57,7 +57,8 @@ struct KeyNorm {
         return dim;
     }
     [[nodiscard]] constexpr bool due(const Moment& moment) const {
-        return moment.layer >= skip_layers && moment.rows > std::max(moment.budget, prune_after);
+        return moment.layer >= skip_layers && moment.rows > prune_after && moment.rows > moment.budget &&
+               moment.rows - moment.budget > moment.slack;
     }
     static void observe(State& state, const HeadStep& step) {
         if (step.phase == Phase::probe || !step.first_tile) return;

@@ -106,6 +106,7 @@ struct Moment {
     std::size_t seen = 0;     // tokens of the sequence, this call included
     std::size_t since = 0;    // tokens decoded since the last eviction of this layer or the prompt's end
     std::size_t rows = 0, budget = 0;  // of the head, or their sums over what is ranked together
+    std::size_t slack = 0;             // rows above the budget that the user lets be, summed likewise
 };
 
 /// What is ranked together.
