@@ -288,45 +288,6 @@ TEST_CASE("a sequence state's evictions in all layers at once take nothing from 
     REQUIRE(cache.rows(1, 1) == 10);
 }
 
-TEST_CASE("what a cache reserved, no other cache on the pool can take", "[contract]") {
-    for_every_policy([](auto policy) {
-        CAPTURE(policy.name);
-        const Stream stream(small, 60, 21);
-        BlockPool pool({.block_rows = 4});
-        KVCache cache(small, policy, Budget{.tokens = 12}, pool);
-        feed(cache, stream, 0, 3);
-        const bool full = std::is_same_v<decltype(policy), Full>;
-        cache.reserve(full ? 60 : 16);
-        const std::size_t reserved = pool.bytes();
-        KVCache greedy(small, Full{}, {}, pool);  // takes all that it can get, between the layers of a step
-        const auto eat = [&] {
-            pool.set_limit(reserved);
-            REQUIRE_THROWS_AS(greedy.append(0, stream.k(0, 0, 1), stream.v(0, 0, 1)), error::capacity_error);
-        };
-        Outputs out(small, 1);
-        for (std::size_t token = 3; token < 60; ++token) {
-            for (std::size_t layer = 0; layer < 2; ++layer) {
-                cache.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1));
-                eat();
-                cache.attend(layer, stream.q(layer, token, 1), out.layer(layer));
-                eat();
-            }
-            cache.end_step();
-            eat();
-            REQUIRE(cache.bytes() - cache.evictor().bytes() == reserved);
-            REQUIRE(pool.bytes() == reserved);
-        }
-        for (const std::size_t room : {8U, 3U}) {  // nor what evictions between steps free
-            cache.make_room(full ? 0 : room);
-            eat();
-            if (!full)
-                for (std::size_t token = 0; token < 6; ++token) feed(cache, stream, token, 1);
-            eat();
-            REQUIRE(pool.bytes() == reserved);
-        }
-    });
-}
-
 TEST_CASE("bytes and their peak are what the pool counts", "[property]") {
     const std::size_t block_rows = GENERATE(std::size_t{1}, 4, 16);
     const bool ordered = GENERATE(true, false);
@@ -997,4 +958,75 @@ TEST_CASE("deduction finds policy and rule", "[contract]") {
     REQUIRE(cache.shape().values() == 6);
     REQUIRE(cache.seen() == 0);
     REQUIRE(cache.positions(1, 1).empty());
+}
+
+namespace {
+constexpr CacheShape two_heads{.layers = 2, .q_heads = 4, .kv_heads = 2, .head_dim = 8, .value_dim = 6};
+}
+
+TEST_CASE("what a cache reserved, no other cache on the pool can take, through steps, eviction and rollback",
+          "[contract]") {
+    for_every_policy([](auto policy) {
+        CAPTURE(policy.name);
+        const Stream stream(two_heads, 60, 21);
+        BlockPool pool({.block_rows = 4});
+        KVCache cache(two_heads, policy, Budget{.tokens = 12}, pool);
+        feed(cache, stream, 0, 3);
+        const bool full = std::is_same_v<decltype(policy), Full>;
+        cache.reserve(full ? 60 : 16);
+        const std::size_t reserved = pool.bytes();
+        KVCache greedy(two_heads, Full{}, {},
+                       pool);  // takes all that it can get, between the layers of a step
+        std::size_t eaten = 0;
+        const auto eat = [&] {
+            pool.set_limit(reserved);
+            REQUIRE_THROWS_AS(greedy.append(0, stream.k(0, 0, 1), stream.v(0, 0, 1)), error::capacity_error);
+            ++eaten;
+        };
+        Outputs out(two_heads, 1);
+        for (std::size_t token = 3; token < 60; ++token) {
+            for (std::size_t layer = 0; layer < 2; ++layer) {
+                cache.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1));
+                eat();
+                cache.attend(layer, stream.q(layer, token, 1), out.layer(layer));
+                eat();
+            }
+            cache.end_step();
+            eat();
+            REQUIRE(cache.bytes() - cache.evictor().bytes() == reserved);
+            REQUIRE(pool.bytes() == reserved);
+        }
+        for (const std::size_t room : {8U, 3U}) {  // nor what evictions between steps free
+            cache.make_room(full ? 0 : room);
+            eat();
+            if (!full)
+                for (std::size_t token = 0; token < 6; ++token) feed(cache, stream, token, 1);
+            eat();
+            REQUIRE(pool.bytes() == reserved);
+        }
+        // Nor after a rollback: the mark's own copies come on top, and go with it.
+        pool.set_limit(SIZE_MAX);
+        const Mark mark = cache.mark();
+        for (int round = 0; round < 3; ++round) {
+            for (std::size_t token = 0; token < 5 && !full; ++token) feed(cache, stream, token, 1);
+            cache.rollback(mark);
+        }
+        cache.release(mark);
+        REQUIRE(cache.bytes() - cache.evictor().bytes() >= reserved);
+        if (full) return;
+        pool.set_limit(pool.bytes());
+        for (std::size_t token = 0; token < 20; ++token) {
+            const CountAllocations counter;
+            for (std::size_t layer = 0; layer < 2; ++layer) {
+                cache.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1));
+                cache.attend(layer, stream.q(layer, token, 1), out.layer(layer));
+            }
+            cache.end_step();
+            const std::size_t count = counter.count();
+            REQUIRE(count == 0);
+        }
+        REQUIRE(pool.bytes() == reserved);
+        cache.trim();
+        REQUIRE(pool.bytes() <= reserved);
+    });
 }

@@ -19,7 +19,21 @@ using namespace kvcull::test;
 
 namespace {
 constexpr std::size_t mib = std::size_t{1} << 20U;
-}
+
+/// What the allocator may add over time. The address sanitizer keeps freed memory for a while.
+#if defined(__SANITIZE_ADDRESS__)
+#    define KVCULL_TEST_ASAN 1
+#elif defined(__has_feature)
+#    if __has_feature(address_sanitizer)
+#        define KVCULL_TEST_ASAN 1
+#    endif
+#endif
+#if defined(KVCULL_TEST_ASAN)
+constexpr std::size_t drift = 16 * mib;
+#else
+constexpr std::size_t drift = mib / 2;
+#endif
+}  // namespace
 
 TEST_CASE("resident memory falls when a long prompt is cut and the cache is trimmed", "[property]") {
     if (!resident_bytes()) KVCULL_SKIP("this system does not tell how much memory is resident");
@@ -30,10 +44,18 @@ TEST_CASE("resident memory falls when a long prompt is cut and the cache is trim
     const Stream stream(shape, chunk + 1, 1);
     BlockPool pool;
     KVCache cache(shape, SnapKV{.window = 8}, Budget{.tokens = 32}, pool);
-    feed(cache, stream, 0, chunk);  // what is used once, is resident from now on
+    Outputs out(shape, chunk);  // one for all calls: a sanitizer keeps freed memory for a while
+    const auto feed_chunk = [&] {
+        for (std::size_t layer = 0; layer < 8; ++layer) {
+            cache.append(layer, stream.k(layer, 0, chunk), stream.v(layer, 0, chunk));
+            cache.attend(layer, stream.q(layer, 0, chunk), out.layer(layer));
+        }
+        cache.end_step();
+    };
+    feed_chunk();  // what is used once, is resident from now on
     const std::size_t before = resident_bytes().value();
     cache.begin_prompt();
-    for (std::size_t done = 0; done < prompt; done += chunk) feed(cache, stream, 0, chunk);
+    for (std::size_t done = 0; done < prompt; done += chunk) feed_chunk();
     const std::size_t whole = resident_bytes().value();
     REQUIRE(whole > before + prompt_bytes * 9 / 10);
     cache.end_prompt();
@@ -92,7 +114,7 @@ TEST_CASE("resident memory stays flat over ten thousand decode steps", "[propert
         decode(500);
         const std::size_t before = resident_bytes().value(), bytes = cache.bytes(), blocks = pool.bytes();
         decode(10000);
-        REQUIRE(resident_bytes().value() <= before + mib / 2);
+        REQUIRE(resident_bytes().value() <= before + drift);
         REQUIRE(cache.bytes() <= bytes + 4096);
         REQUIRE(pool.bytes() <= blocks + 4096);
         REQUIRE(cache.seen() == 60 + 10500);

@@ -214,12 +214,12 @@ class KVCache {
     /// Back to the mark, bit for bit, from within a step too. The mark stays.
     void rollback(Mark mark) {
         const Saved& saved = *find("KVCache::rollback", mark);
-        Storage storage(saved.storage);
-        storage.reserve_rows(reserved_rows_);
         Live<P> live(saved.live);
         for (auto& state : live.states) reserve_state(state, reserved_rows_);
+        storage_.keep_freed(true);  // what was reserved stays here
+        storage_.rewind(saved.storage);
         evictor_.restore(std::move(live));
-        storage_ = std::move(storage);
+        release_spares();
     }
     /// Forgets a mark and frees what only it held.
     void release(Mark mark) { marks_.erase(find("KVCache::release", mark)); }

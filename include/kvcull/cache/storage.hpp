@@ -234,6 +234,20 @@ class Storage {
         }
     }
 
+    /// Back to what `past`, an earlier copy of this object, holds. Spares and room in the tables stay.
+    /// @throws std::bad_alloc; nothing has changed then.
+    void rewind(const Storage& past) {
+        std::vector<Table> tables(past.tables_);
+        for (std::size_t head = 0; head < tables.size(); ++head)
+            tables[head].blocks.reserve(tables_[head].blocks.capacity());
+        for (const Table& table : tables) {
+            for (std::byte* block : table.blocks) BlockPool::retain(block);
+        }
+        for (std::size_t head = 0; head < tables_.size(); ++head) truncate(head, 0);
+        tables_.swap(tables);
+        bytes_moved_ = past.bytes_moved_;
+    }
+
     /// Bytes of the blocks in the tables and of the spares, headers included. Shared blocks count in full.
     [[nodiscard]] std::size_t bytes() const noexcept {
         std::size_t blocks = spares_.size();
