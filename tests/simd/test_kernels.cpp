@@ -184,6 +184,80 @@ TEST_CASE("a dot depends neither on the group, nor on the rows beside it, nor on
     }
 }
 
+TEST_CASE("distances agree with a double reference for every dim, group and number of rows",
+          "[differential]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t dim : lengths) {
+        for (const std::size_t group : {1U, 2U, 3U, 4U, 7U, 28U}) {
+            for (const std::size_t rows : {0U, 1U, 2U, 3U, 7U, 8U, 9U, 65U, 150U}) {
+                Padded o(group, dim, 21), v(rows, dim, 22), z(group, rows, 23);
+                for (const bool stretched : {false, true}) {
+                    const std::size_t out_stride = rows + 1;
+                    std::vector<float> out(group * out_stride, 42.0F);
+                    kernels.distances_f32(o.data(), o.stride, group, v.data(), v.stride, rows, dim,
+                                          stretched ? z.data() : nullptr, z.stride, out.data(), out_stride);
+                    CAPTURE(simd::name_of(kernels.isa), dim, group, rows, stretched);
+                    bool good = true;
+                    for (std::size_t g = 0; g < group; ++g) {
+                        for (std::size_t j = 0; j < rows; ++j) {
+                            double sum = 0, size = 0;
+                            for (std::size_t c = 0; c < dim; ++c) {
+                                const double value = static_cast<double>(v.row(j)[c]);
+                                const double apart = value - static_cast<double>(o.row(g)[c]);
+                                const double factor = static_cast<double>(z.row(g)[j]);
+                                const double term = stretched ? value + factor * apart : apart;
+                                const double parts = stretched
+                                                         ? std::abs(value) + 2 * std::abs(factor * apart)
+                                                         : std::abs(apart);
+                                sum += term * term;
+                                size += parts * parts;
+                            }
+                            const double bound = (static_cast<double>(dim) / 8 + 8) * epsilon * size;
+                            good = good && out[g * out_stride + j] >= 0 &&
+                                   close(out[g * out_stride + j], sum, 0, bound + 1e-30);
+                        }
+                        good = good && out[g * out_stride + rows] == 42.0F;
+                    }
+                    REQUIRE(good);
+                }
+            }
+        }
+    }
+}
+
+TEST_CASE("a distance depends neither on the group, nor on where a call is split, nor on the row's type",
+          "[property]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t dim : {1U, 8U, 13U, 80U, 128U}) {
+        constexpr std::size_t group = 11, rows = 150;
+        const std::vector<float> o = random_floats(group * dim, 24), z = random_floats(group * rows, 25);
+        const Narrow<float16> half(random_floats(rows * dim, 26));
+        const Narrow<bfloat16> brain(random_floats(rows * dim, 26));
+        CAPTURE(simd::name_of(kernels.isa), dim);
+        for (const float* factors : {static_cast<const float*>(nullptr), z.data()}) {
+            const auto all = [&](const auto& distances, const auto& v) {
+                std::vector<float> out(group * rows);
+                distances(o.data(), dim, group, v.data(), dim, rows, dim, factors, rows, out.data(), rows);
+                return out;
+            };
+            const auto one_by_one = [&](const auto& distances, const auto& v) {
+                std::vector<float> out(group * rows);
+                for (std::size_t i = 0; i < group * rows; ++i)
+                    distances(o.data() + i / rows * dim, dim, 1, v.data() + i % rows * dim, dim, 1, dim,
+                              factors == nullptr ? nullptr : factors + i, rows, &out[i], 1);
+                return out;
+            };
+            REQUIRE(same_bits(all(kernels.distances_f16, half.rows), all(kernels.distances_f32, half.wide)));
+            REQUIRE(
+                same_bits(all(kernels.distances_bf16, brain.rows), all(kernels.distances_f32, brain.wide)));
+            REQUIRE(same_bits(one_by_one(kernels.distances_f32, half.wide),
+                              all(kernels.distances_f32, half.wide)));
+            REQUIRE(same_bits(one_by_one(kernels.distances_bf16, brain.rows),
+                              all(kernels.distances_bf16, brain.rows)));
+        }
+    }
+}
+
 TEST_CASE("16-bit rows give what their widened copy gives, bit for bit", "[property]") {
     const Kernels& kernels = any_kernels();
     constexpr std::size_t rows = 19;
@@ -309,6 +383,7 @@ TEST_CASE("no kernel touches the page behind its last element", "[property]") {
         std::fill_n(f32, rows * dim, 0.5F);
         kernels.dots_f32(q.data(), dim, group, f32, dim, rows, dim, 1.0F, logits.data(), rows);
         kernels.weighted_sum_f32(logits.data(), rows, group, f32, dim, rows, dim, out.data(), dim);
+        kernels.distances_f32(q.data(), dim, group, f32, dim, rows, dim, wide.data(), 0, logits.data(), rows);
         kernels.dots_f32(row, dim, 1, wide.data(), dim, rows, dim, 1.0F, logits.data(), rows);
         kernels.weighted_sum_f32(logits.data(), rows, 1, wide.data(), dim, rows, dim, row, dim);
         kernels.add(row, q.data(), dim);
@@ -318,6 +393,7 @@ TEST_CASE("no kernel touches the page behind its last element", "[property]") {
         std::fill_n(f16, rows * dim, float16{0x3800});
         kernels.dots_f16(q.data(), dim, group, f16, dim, rows, dim, 1.0F, logits.data(), rows);
         kernels.weighted_sum_f16(logits.data(), rows, group, f16, dim, rows, dim, out.data(), dim);
+        kernels.distances_f16(q.data(), dim, group, f16, dim, rows, dim, nullptr, 0, logits.data(), rows);
         kernels.widen_f16(f16, wide.data(), rows * dim);
         kernels.narrow_f16(wide.data(), f16, rows * dim);
         REQUIRE(to_float(f16[rows * dim - 1]) == 0.5F);
@@ -325,6 +401,7 @@ TEST_CASE("no kernel touches the page behind its last element", "[property]") {
         kernels.narrow_bf16(wide.data(), bf16, rows * dim);
         kernels.dots_bf16(q.data(), dim, group, bf16, dim, rows, dim, 1.0F, logits.data(), rows);
         kernels.weighted_sum_bf16(logits.data(), rows, group, bf16, dim, rows, dim, out.data(), dim);
+        kernels.distances_bf16(q.data(), dim, group, bf16, dim, rows, dim, nullptr, 0, logits.data(), rows);
         kernels.widen_bf16(bf16, wide.data(), rows * dim);
         REQUIRE(wide[rows * dim - 1] == 0.5F);
     }

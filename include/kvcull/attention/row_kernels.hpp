@@ -1,5 +1,5 @@
 #pragma once
-/// The two kernels that read cached rows, chosen by the rows' element type, and the walk along paged rows
+/// The kernels that read cached rows, chosen by the rows' element type, and the walk along paged rows
 /// that tells them what comes next.
 
 #include <algorithm>
@@ -66,6 +66,24 @@ inline void weighted_sum(const simd::Kernels& kernels, const float* w, std::size
             return run_on(kernels.weighted_sum_f16, reinterpret_cast<const float16*>(run.data));
         case DType::bf16:
             return run_on(kernels.weighted_sum_bf16, reinterpret_cast<const bfloat16*>(run.data));
+    }
+}
+
+/// out[g * out_stride + j] = |row j of the run - o_g|^2, or |row j + z[g * z_stride + j] (row j - o_g)|^2.
+inline void distances(const simd::Kernels& kernels, const float* o, std::size_t o_stride, std::size_t group,
+                      const RowsView& rows, const RowsView::Run& run, const float* z, std::size_t z_stride,
+                      float* out, std::size_t out_stride, const std::byte* next = nullptr) noexcept {
+    const auto run_on = [&]<class T>(const auto& kernel, const T* data) {
+        kernel(o, o_stride, group, data, rows.stride(), run.rows, rows.dim(), z, z_stride, out, out_stride,
+               next);
+    };
+    switch (rows.dtype()) {
+        case DType::f32:
+            return run_on(kernels.distances_f32, reinterpret_cast<const float*>(run.data));
+        case DType::f16:
+            return run_on(kernels.distances_f16, reinterpret_cast<const float16*>(run.data));
+        case DType::bf16:
+            return run_on(kernels.distances_bf16, reinterpret_cast<const bfloat16*>(run.data));
     }
 }
 

@@ -1,11 +1,11 @@
 #pragma once
 /// Kernels for AVX2 + FMA + F16C. kernels.hpp says what each one means; here is how.
 ///
-/// A dot product keeps one vector of 8 partial sums (channel c goes to lane c % 8, fused multiply-adds in
-/// order) and adds the lanes in one fixed tree, whatever the shape of the tile that computes it. A weighted
-/// sum is one chain of fused multiply-adds per channel, row after row. Hence tiles, chunks and splits never
-/// change a result. Errors: dot at most (dim / 8 + 4) 2^-24 sum |q_c k_c|; weighted sum rows * 2^-24 sum |w_j
-/// v_j[c]|.
+/// A sum over channels (dot product, distance) keeps one vector of 8 partial sums (channel c goes to lane c %
+/// 8, fused multiply-adds in order) and adds the lanes in one fixed tree, whatever the shape of the tile that
+/// computes it. A weighted sum is one chain of fused multiply-adds per channel, row after row. Hence tiles,
+/// chunks and splits never change a result. Errors: dot at most (dim / 8 + 4) 2^-24 sum |q_c k_c|; weighted
+/// sum rows * 2^-24 sum |w_j v_j[c]|.
 
 #include "target.hpp"
 
@@ -84,10 +84,41 @@ template <class T>
     return _mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1);
 }
 
-/// 8 channels of Q queries times R rows.
-template <std::size_t Q, std::size_t R, class T>
-[[gnu::always_inline]] inline void dot_step(const float* q, std::size_t q_stride, const T* k,
-                                            std::size_t k_stride, __m256* sum) noexcept {
+// What a pair of a query and a row sums over their channels; kernels.hpp says why. `at` moves to a later
+// pair.
+struct Product {
+    [[nodiscard]] Product at(std::size_t, std::size_t) const noexcept { return {}; }
+    [[gnu::always_inline]] __m256 add(__m256 query, __m256 row, __m256 sum, std::size_t,
+                                      std::size_t) const noexcept {
+        return fma(query, row, sum);
+    }
+};
+struct Distance {
+    [[nodiscard]] Distance at(std::size_t, std::size_t) const noexcept { return {}; }
+    [[gnu::always_inline]] __m256 add(__m256 query, __m256 row, __m256 sum, std::size_t,
+                                      std::size_t) const noexcept {
+        const __m256 apart = row - query;
+        return fma(apart, apart, sum);
+    }
+};
+struct StretchedDistance {
+    const float* z;
+    std::size_t stride;
+
+    [[nodiscard]] StretchedDistance at(std::size_t query, std::size_t row) const noexcept {
+        return {z + query * stride + row, stride};
+    }
+    [[gnu::always_inline]] __m256 add(__m256 query, __m256 row, __m256 sum, std::size_t g,
+                                      std::size_t r) const noexcept {
+        const __m256 apart = fma(_mm256_set1_ps(z[g * stride + r]), row - query, row);
+        return fma(apart, apart, sum);
+    }
+};
+
+/// 8 channels of Q queries and R rows.
+template <std::size_t Q, std::size_t R, class Term, class T>
+[[gnu::always_inline]] inline void pair_step(Term term, const float* q, std::size_t q_stride, const T* k,
+                                             std::size_t k_stride, __m256* sum) noexcept {
     __m256 row[R];
 #    pragma GCC unroll 8
     for (std::size_t r = 0; r < R; ++r) row[r] = load(k + r * k_stride);
@@ -95,15 +126,15 @@ template <std::size_t Q, std::size_t R, class T>
     for (std::size_t g = 0; g < Q; ++g) {
         const __m256 query = pinned(load(q + g * q_stride));
 #    pragma GCC unroll 8
-        for (std::size_t r = 0; r < R; ++r) sum[g * R + r] = fma(query, row[r], sum[g * R + r]);
+        for (std::size_t r = 0; r < R; ++r) sum[g * R + r] = term.add(query, row[r], sum[g * R + r], g, r);
     }
 }
 
 /// Q queries times R rows in registers. Fetches the R rows that lie `ahead`.
-template <std::size_t Q, std::size_t R, class T>
-[[gnu::always_inline]] inline void dot_tile(const float* q, std::size_t q_stride, const T* k,
-                                            std::size_t k_stride, std::size_t dim, float scale, float* out,
-                                            std::size_t out_stride, std::uintptr_t ahead) noexcept {
+template <std::size_t Q, std::size_t R, class Term, class T>
+[[gnu::always_inline]] inline void pair_tile(Term term, const float* q, std::size_t q_stride, const T* k,
+                                             std::size_t k_stride, std::size_t dim, float scale, float* out,
+                                             std::size_t out_stride, std::uintptr_t ahead) noexcept {
     constexpr std::size_t count = Q * R, line = 64 / sizeof(T);
     Fetch fetch(k, ahead, R, dim, k_stride);
     __m256 sum[count];
@@ -112,7 +143,7 @@ template <std::size_t Q, std::size_t R, class T>
     std::size_t c = 0;
     for (; c + 8 <= dim; c += 8) {
         if (c % line == 0) fetch.next<R>();
-        dot_step<Q, R>(q + c, q_stride, k + c, k_stride, sum);
+        pair_step<Q, R>(term, q + c, q_stride, k + c, k_stride, sum);
     }
     if (c < dim) {
 #    pragma GCC unroll 8
@@ -120,7 +151,8 @@ template <std::size_t Q, std::size_t R, class T>
             const __m256 query = load_part(q + g * q_stride + c, dim - c);
 #    pragma GCC unroll 8
             for (std::size_t r = 0; r < R; ++r)
-                sum[g * R + r] = fma(query, load_part(k + r * k_stride + c, dim - c), sum[g * R + r]);
+                sum[g * R + r] =
+                    term.add(query, load_part(k + r * k_stride + c, dim - c), sum[g * R + r], g, r);
         }
     }
     alignas(16) float result[8];
@@ -136,22 +168,25 @@ template <std::size_t Q, std::size_t R, class T>
 }
 
 /// Q queries over all rows, R at a time.
-template <std::size_t Q, std::size_t R, class T>
-[[gnu::always_inline]] inline void dot_rows(const float* q, std::size_t q_stride, const T* k,
-                                            std::size_t k_stride, std::size_t rows, std::size_t dim,
-                                            float scale, float* out, std::size_t out_stride,
-                                            std::uintptr_t ahead) noexcept {
+template <std::size_t Q, std::size_t R, class Term, class T>
+[[gnu::always_inline]] inline void pair_rows(Term term, const float* q, std::size_t q_stride, const T* k,
+                                             std::size_t k_stride, std::size_t rows, std::size_t dim,
+                                             float scale, float* out, std::size_t out_stride,
+                                             std::uintptr_t ahead) noexcept {
     std::size_t j = 0;
     for (; j + R <= rows; j += R)
-        dot_tile<Q, R>(q, q_stride, k + j * k_stride, k_stride, dim, scale, out + j, out_stride, ahead);
+        pair_tile<Q, R>(term.at(0, j), q, q_stride, k + j * k_stride, k_stride, dim, scale, out + j,
+                        out_stride, ahead);
     for (; j < rows; ++j)
-        dot_tile<Q, 1>(q, q_stride, k + j * k_stride, k_stride, dim, scale, out + j, out_stride, ahead);
+        pair_tile<Q, 1>(term.at(0, j), q, q_stride, k + j * k_stride, k_stride, dim, scale, out + j,
+                        out_stride, ahead);
 }
 
-template <class T>
-[[gnu::always_inline]] inline void dots(const float* q, std::size_t q_stride, std::size_t group, const T* k,
-                                        std::size_t k_stride, std::size_t rows, std::size_t dim, float scale,
-                                        float* out, std::size_t out_stride, const void* next) noexcept {
+template <class Term, class T>
+[[gnu::always_inline]] inline void pairs(Term term, const float* q, std::size_t q_stride, std::size_t group,
+                                         const T* k, std::size_t k_stride, std::size_t rows, std::size_t dim,
+                                         float scale, float* out, std::size_t out_stride,
+                                         const void* next) noexcept {
     const std::uintptr_t ahead = distance(k, rows * k_stride, next);
     const std::size_t chunk = group <= 4 ? rows : chunk_rows(dim * sizeof(T));
     for (std::size_t j = 0; j < rows; j += chunk) {
@@ -162,16 +197,20 @@ template <class T>
             float* to = out + g * out_stride + j;
             switch (group - g) {
                 case 1:
-                    dot_rows<1, 4>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+                    pair_rows<1, 4>(term.at(g, j), query, q_stride, row, k_stride, count, dim, scale, to,
+                                    out_stride, ahead);
                     break;
                 case 2:
-                    dot_rows<2, 4>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+                    pair_rows<2, 4>(term.at(g, j), query, q_stride, row, k_stride, count, dim, scale, to,
+                                    out_stride, ahead);
                     break;
                 case 3:
-                    dot_rows<3, 2>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+                    pair_rows<3, 2>(term.at(g, j), query, q_stride, row, k_stride, count, dim, scale, to,
+                                    out_stride, ahead);
                     break;
                 default:
-                    dot_rows<4, 2>(query, q_stride, row, k_stride, count, dim, scale, to, out_stride, ahead);
+                    pair_rows<4, 2>(term.at(g, j), query, q_stride, row, k_stride, count, dim, scale, to,
+                                    out_stride, ahead);
             }
         }
     }
@@ -180,18 +219,48 @@ template <class T>
 inline void dots_f32(const float* q, std::size_t q_stride, std::size_t group, const float* k,
                      std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
                      std::size_t out_stride, const void* next) noexcept {
-    dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+    pairs(Product{}, q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
 }
 inline void dots_f16(const float* q, std::size_t q_stride, std::size_t group, const float16* k,
                      std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
                      std::size_t out_stride, const void* next) noexcept {
-    dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+    pairs(Product{}, q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
 }
 
 inline void dots_bf16(const float* q, std::size_t q_stride, std::size_t group, const bfloat16* k,
                       std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
                       std::size_t out_stride, const void* next) noexcept {
-    dots(q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+    pairs(Product{}, q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+}
+
+template <class T>
+[[gnu::always_inline]] inline void distances(const float* o, std::size_t o_stride, std::size_t group,
+                                             const T* v, std::size_t v_stride, std::size_t rows,
+                                             std::size_t dim, const float* z, std::size_t z_stride,
+                                             float* out, std::size_t out_stride, const void* next) noexcept {
+    if (z == nullptr)
+        pairs(Distance{}, o, o_stride, group, v, v_stride, rows, dim, 1.0F, out, out_stride, next);
+    else
+        pairs(StretchedDistance{z, z_stride}, o, o_stride, group, v, v_stride, rows, dim, 1.0F, out,
+              out_stride, next);
+}
+inline void distances_f32(const float* o, std::size_t o_stride, std::size_t group, const float* v,
+                          std::size_t v_stride, std::size_t rows, std::size_t dim, const float* z,
+                          std::size_t z_stride, float* out, std::size_t out_stride,
+                          const void* next) noexcept {
+    distances(o, o_stride, group, v, v_stride, rows, dim, z, z_stride, out, out_stride, next);
+}
+inline void distances_f16(const float* o, std::size_t o_stride, std::size_t group, const float16* v,
+                          std::size_t v_stride, std::size_t rows, std::size_t dim, const float* z,
+                          std::size_t z_stride, float* out, std::size_t out_stride,
+                          const void* next) noexcept {
+    distances(o, o_stride, group, v, v_stride, rows, dim, z, z_stride, out, out_stride, next);
+}
+inline void distances_bf16(const float* o, std::size_t o_stride, std::size_t group, const bfloat16* v,
+                           std::size_t v_stride, std::size_t rows, std::size_t dim, const float* z,
+                           std::size_t z_stride, float* out, std::size_t out_stride,
+                           const void* next) noexcept {
+    distances(o, o_stride, group, v, v_stride, rows, dim, z, z_stride, out, out_stride, next);
 }
 
 /// Q outputs times C vectors of channels in registers, over `rows` rows. Row j fetches what lies at

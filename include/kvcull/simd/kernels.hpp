@@ -56,6 +56,22 @@ struct WeightedSum {
     }
 };
 
+/// Squared distances of rows from a point per query head: out[g * out_stride + j] = |v_j - o_g|^2, or, with
+/// `z`, |v_j + z[g * z_stride + j] (v_j - o_g)|^2. Sums of squares of differences, so nothing cancels and
+/// nothing is negative. `next` as in Dots.
+template <class T>
+struct Distances {
+    void (*function)(const float* o, std::size_t o_stride, std::size_t group, const T* v,
+                     std::size_t v_stride, std::size_t rows, std::size_t dim, const float* z,
+                     std::size_t z_stride, float* out, std::size_t out_stride, const void* next) noexcept;
+
+    void operator()(const float* o, std::size_t o_stride, std::size_t group, const T* v, std::size_t v_stride,
+                    std::size_t rows, std::size_t dim, const float* z, std::size_t z_stride, float* out,
+                    std::size_t out_stride, const void* next = nullptr) const noexcept {
+        function(o, o_stride, group, v, v_stride, rows, dim, z, z_stride, out, out_stride, next);
+    }
+};
+
 /// One entry per operation. Pointers and lengths only; strides count elements; nothing aliases; any
 /// alignment. No kernel reads or writes past the last channel of a row. The result of one (query, row) pair
 /// depends on neither the other queries and rows of the call nor on how rows are split into calls.
@@ -67,6 +83,9 @@ struct Kernels {
     WeightedSum<float> weighted_sum_f32;
     WeightedSum<float16> weighted_sum_f16;
     WeightedSum<bfloat16> weighted_sum_bf16;
+    Distances<float> distances_f32;
+    Distances<float16> distances_f16;
+    Distances<bfloat16> distances_bf16;
     /// Softmax of row[n] in place, and its log-sum-exp in *lse. -Inf entries get weight 0. n = 0 or all -Inf:
     /// zeros and -Inf. A NaN or +Inf anywhere: zeros and NaN, so that a bad row votes for nothing. The
     /// log-sum-exp is no return value because Clang's -ffast-math lets no NaN through one.
@@ -130,6 +149,9 @@ struct Kernels {
                                        {avx512::weighted_sum_f32},
                                        {avx512::weighted_sum_f16},
                                        {avx512::weighted_sum_bf16},
+                                       {avx512::distances_f32},
+                                       {avx512::distances_f16},
+                                       {avx512::distances_bf16},
                                        avx512::softmax,
                                        avx512::add_rows,
                                        avx512::maximum,
@@ -147,6 +169,9 @@ struct Kernels {
                                        {avx2::weighted_sum_f32},
                                        {avx2::weighted_sum_f16},
                                        {avx2::weighted_sum_bf16},
+                                       {avx2::distances_f32},
+                                       {avx2::distances_f16},
+                                       {avx2::distances_bf16},
                                        avx2::softmax,
                                        avx2::add_rows,
                                        avx2::maximum,
@@ -164,6 +189,9 @@ struct Kernels {
                                    {scalar::weighted_sum_f32},
                                    {scalar::weighted_sum_f16},
                                    {scalar::weighted_sum_bf16},
+                                   {scalar::distances_f32},
+                                   {scalar::distances_f16},
+                                   {scalar::distances_bf16},
                                    scalar::softmax,
                                    scalar::add_rows,
                                    scalar::maximum,

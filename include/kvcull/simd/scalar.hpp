@@ -1,9 +1,9 @@
 #pragma once
 /// Portable kernels: the meaning of every kernel, and what a CPU without a kernel of its own runs.
 ///
-/// Sums are float. A dot product keeps `lanes` partial sums (channel c goes to lane c % lanes) and adds them
-/// in a fixed tree, so its value depends on the two rows alone; error at most (dim / lanes + 4) 2^-24 sum
-/// |q_c k_c|.
+/// Sums are float. A sum over channels keeps `lanes` partial sums (channel c goes to lane c % lanes) and adds
+/// them in a fixed tree, so its value depends on the two rows alone; error at most (dim / lanes + 4) 2^-24
+/// sum |q_c k_c|.
 
 #include <bit>
 #include <cmath>
@@ -21,13 +21,15 @@ namespace kvcull::inline KVCULL_ABI::simd::scalar {
 
 inline constexpr std::size_t lanes = 8;
 
-template <class T>
-[[nodiscard]] float dot(const float* q, const T* k, std::size_t dim) noexcept {
+/// Sum over the channels of `term(query's, row's)`, in lanes.
+template <class T, class Term>
+[[nodiscard]] float sum_channels(const float* q, const T* k, std::size_t dim, const Term& term) noexcept {
     float sum[lanes] = {};
     std::size_t c = 0;
     for (; c + lanes <= dim; c += lanes)
-        for (std::size_t lane = 0; lane < lanes; ++lane) sum[lane] += q[c + lane] * to_float(k[c + lane]);
-    for (std::size_t lane = 0; c + lane < dim; ++lane) sum[lane] += q[c + lane] * to_float(k[c + lane]);
+        for (std::size_t lane = 0; lane < lanes; ++lane)
+            sum[lane] += term(q[c + lane], to_float(k[c + lane]));
+    for (std::size_t lane = 0; c + lane < dim; ++lane) sum[lane] += term(q[c + lane], to_float(k[c + lane]));
     return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
@@ -36,7 +38,8 @@ void dots(const float* q, std::size_t q_stride, std::size_t group, const T* k, s
           std::size_t rows, std::size_t dim, float scale, float* out, std::size_t out_stride) noexcept {
     for (std::size_t j = 0; j < rows; ++j)
         for (std::size_t g = 0; g < group; ++g)
-            out[g * out_stride + j] = scale * dot(q + g * q_stride, k + j * k_stride, dim);
+            out[g * out_stride + j] = scale * sum_channels(q + g * q_stride, k + j * k_stride, dim,
+                                                           [](float a, float b) { return a * b; });
 }
 
 template <class T>
@@ -49,6 +52,19 @@ void weighted_sum(const float* w, std::size_t w_stride, std::size_t group, const
                 out[g * out_stride + c] += weight * to_float(v[j * v_stride + c]);
         }
     }
+}
+
+template <class T>
+void distances(const float* o, std::size_t o_stride, std::size_t group, const T* v, std::size_t v_stride,
+               std::size_t rows, std::size_t dim, const float* z, std::size_t z_stride, float* out,
+               std::size_t out_stride) noexcept {
+    for (std::size_t j = 0; j < rows; ++j)
+        for (std::size_t g = 0; g < group; ++g)
+            out[g * out_stride + j] =
+                sum_channels(o + g * o_stride, v + j * v_stride, dim, [&](float a, float b) {
+                    const float apart = z == nullptr ? b - a : b + z[g * z_stride + j] * (b - a);
+                    return apart * apart;
+                });
 }
 
 inline void dots_f32(const float* q, std::size_t q_stride, std::size_t group, const float* k,
@@ -80,6 +96,22 @@ inline void weighted_sum_bf16(const float* w, std::size_t w_stride, std::size_t 
                               std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
                               std::size_t out_stride, const void*) noexcept {
     weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride);
+}
+
+inline void distances_f32(const float* o, std::size_t o_stride, std::size_t group, const float* v,
+                          std::size_t v_stride, std::size_t rows, std::size_t dim, const float* z,
+                          std::size_t z_stride, float* out, std::size_t out_stride, const void*) noexcept {
+    distances(o, o_stride, group, v, v_stride, rows, dim, z, z_stride, out, out_stride);
+}
+inline void distances_f16(const float* o, std::size_t o_stride, std::size_t group, const float16* v,
+                          std::size_t v_stride, std::size_t rows, std::size_t dim, const float* z,
+                          std::size_t z_stride, float* out, std::size_t out_stride, const void*) noexcept {
+    distances(o, o_stride, group, v, v_stride, rows, dim, z, z_stride, out, out_stride);
+}
+inline void distances_bf16(const float* o, std::size_t o_stride, std::size_t group, const bfloat16* v,
+                           std::size_t v_stride, std::size_t rows, std::size_t dim, const float* z,
+                           std::size_t z_stride, float* out, std::size_t out_stride, const void*) noexcept {
+    distances(o, o_stride, group, v, v_stride, rows, dim, z, z_stride, out, out_stride);
 }
 
 inline void softmax(float* row, std::size_t n, float* lse) noexcept {
