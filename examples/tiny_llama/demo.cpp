@@ -7,6 +7,7 @@
 #include <iostream>
 #include <thread>
 
+#include "../common/named_policies.hpp"
 #include "report.hpp"
 
 namespace {
@@ -16,8 +17,7 @@ using namespace tiny_llama;
 struct Options {
     std::string model = TINY_LLAMA_MODEL_DIR, json, out = ".";
     std::vector<std::string> tasks;
-    std::vector<std::string> policies{"full",    "streaming", "random", "h2o",   "tova",
-                                      "keydiff", "keynorm",   "vatp",   "snapkv"};
+    std::vector<std::string> policies = examples::NamedPolicies::names();
     std::vector<std::string> budgets{"384", "192", "96", "48"};
     std::size_t chunk = 0, cases = 24, threads = std::max(1U, std::thread::hardware_concurrency());
 };
@@ -41,7 +41,7 @@ void add_options(CLI::App& app, Options& options) {
     app.add_option(
         "--tasks", options.tasks,
         "Task files, folders of task files, or names of tasks in the model's folder (default: all there)");
-    app.add_option("--policy", options.policies, "NAME or NAME:key=value,...; repeatable (default: all nine)")
+    app.add_option("--policy", options.policies, "NAME or NAME:key=value,...; repeatable (default: all)")
         ->allow_extra_args(false);
     app.add_option("--budget", options.budgets,
                    "Tokens per KV head, or below 1 the ratio of the prompt; several by commas")

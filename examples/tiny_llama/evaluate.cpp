@@ -5,21 +5,13 @@
 #include <chrono>
 #include <exception>
 #include <kvcull/cache/kv_cache.hpp>
-#include <kvcull/integrations/registry.hpp>
-#include <kvcull/policies.hpp>
 #include <mutex>
 #include <thread>
 
+#include "../common/named_policies.hpp"
+
 namespace tiny_llama {
 namespace {
-
-/// Calls `use(policy)` with the policy that `text` names. To let your own be named, add it here.
-template <class Use>
-decltype(auto) with_named_policy(const std::string& text, Use&& use) {
-    using namespace kvcull;
-    return with_policy<Full, Streaming, Random, H2O, Tova, KeyDiff, KeyNorm, Vatp, SnapKV>(
-        text, std::forward<Use>(use));
-}
 
 kvcull::CacheShape shape_of(const Llama& model) {
     const Config& config = model.config();
@@ -110,7 +102,7 @@ void parallel_for(std::size_t threads, std::size_t count, Body&& body) {
 }  // namespace
 
 void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens) {
-    with_named_policy(setting.policy, [&](auto policy) {
+    examples::NamedPolicies::with(setting.policy, [&](auto policy) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget);
         cache.begin_prompt(prompt_tokens);
     });
@@ -119,7 +111,7 @@ void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens
 Outcome run_case(const Llama& model, const Setting& setting, const Case& example, std::size_t chunk,
                  kvcull::BlockPool& pool) {
     Outcome outcome;
-    with_named_policy(setting.policy, [&](auto policy) {
+    examples::NamedPolicies::with(setting.policy, [&](auto policy) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget, pool);
         outcome = run(model, example, chunk, cache);
     });

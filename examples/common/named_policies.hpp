@@ -1,0 +1,28 @@
+#pragma once
+/// The policies that a command line can name: `snapkv`, or `snapkv:window=16,kernel=5`.
+
+#include <kvcull/integrations/registry.hpp>
+#include <kvcull/policies.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace examples {
+
+template <kvcull::Policy... Ps>
+struct PolicyList {
+    [[nodiscard]] static std::vector<std::string> names() { return {std::string(Ps::name)...}; }
+
+    /// Calls `use(policy)` with the policy that `text` names.
+    /// @throws kvcull::error::config_error for an unknown name, key or value; it lists what exists
+    template <class Use>
+    static void with(const std::string& text, Use&& use) {
+        kvcull::with_policy<Ps...>(text, std::forward<Use>(use));
+    }
+};
+
+/// To let your own policy be named by all programs here, add it.
+using NamedPolicies = PolicyList<kvcull::Full, kvcull::Streaming, kvcull::Random, kvcull::H2O, kvcull::Tova,
+                                 kvcull::KeyDiff, kvcull::KeyNorm, kvcull::Vatp, kvcull::SnapKV>;
+
+}  // namespace examples
