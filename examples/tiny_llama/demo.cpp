@@ -2,11 +2,11 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <charconv>
 #include <cstdio>
 #include <iostream>
 #include <thread>
 
+#include "../common/budget_text.hpp"
 #include "../common/named_policies.hpp"
 #include "report.hpp"
 
@@ -21,20 +21,6 @@ struct Options {
     std::vector<std::string> budgets{"384", "192", "96", "48"};
     std::size_t chunk = 0, cases = 24, threads = std::max(1U, std::thread::hardware_concurrency());
 };
-
-kvcull::Budget parse_budget(const std::string& text) {
-    const char *begin = text.data(), *end = begin + text.size();
-    kvcull::Budget budget;
-    if (const auto [at, error] = std::from_chars(begin, end, budget.tokens);
-        error == std::errc() && at == end && budget.tokens > 0)
-        return budget;
-    budget.tokens = 0;
-    if (const auto [at, error] = std::from_chars(begin, end, budget.ratio);
-        error == std::errc() && at == end && budget.ratio > 0 && budget.ratio < 1)
-        return budget;
-    throw CLI::ValidationError("--budget",
-                               text + " is neither a number of tokens nor a ratio between 0 and 1");
-}
 
 void add_options(CLI::App& app, Options& options) {
     app.add_option("--model", options.model, "Folder of a Llama checkpoint")->check(CLI::ExistingDirectory);
@@ -68,8 +54,9 @@ void check_all(const Llama& model, const std::vector<Setting>& settings, const s
                 for (std::size_t i = 0; i < std::min(cases, task.cases.size()); ++i)
                     check(model, setting, task.cases[i].prompt.size());
             } catch (const kvcull::error::config_error& e) {
-                throw std::runtime_error("policy " + setting.policy + ", budget " + text_of(setting.budget) +
-                                         ", task " + task.name + ": " + e.what());
+                throw std::runtime_error("policy " + setting.policy + ", budget " +
+                                         examples::text_of(setting.budget) + ", task " + task.name + ": " +
+                                         e.what());
             }
         }
 }
@@ -90,7 +77,8 @@ std::vector<Row> run_all(const Llama& model, const std::vector<Setting>& setting
             row.setting = setting;
             rows.push_back(std::move(row));
             std::fprintf(stderr, "[%3zu/%zu] %-9s %-10s %5s  %.3f\n", rows.size(), total, task.name.c_str(),
-                         setting.policy.c_str(), text_of(setting.budget).c_str(), rows.back().accuracy);
+                         setting.policy.c_str(), examples::text_of(setting.budget).c_str(),
+                         rows.back().accuracy);
         }
     return rows;
 }
@@ -98,7 +86,8 @@ std::vector<Row> run_all(const Llama& model, const std::vector<Setting>& setting
 int run(const Options& options) {
     std::vector<Setting> settings;
     std::vector<kvcull::Budget> budgets;
-    for (const std::string& budget : options.budgets) budgets.push_back(parse_budget(budget));
+    for (const std::string& budget : options.budgets)
+        budgets.push_back(examples::parse_budget("--budget", budget));
     for (const std::string& policy : options.policies)
         for (const kvcull::Budget& budget : budgets) settings.push_back({policy, budget});
 

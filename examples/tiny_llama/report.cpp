@@ -3,19 +3,22 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <fstream>
 #include <iomanip>
 #include <map>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <ostream>
 #include <sstream>
 #include <stdexcept>
 
+#include "../common/budget_text.hpp"
+#include "../common/gnuplot.hpp"
+
 namespace tiny_llama {
 namespace {
+
+using examples::quoted;
+using examples::text_of;
 
 /// Distinct values of a projection, in order of appearance.
 template <class Project>
@@ -64,21 +67,8 @@ std::string escaped(const std::string& text) {
     for (const char c : text) out += c == '&' ? "&amp;" : c == '<' ? "&lt;" : std::string(1, c);
     return out;
 }
-/// A gnuplot string.
-std::string quoted(const std::string& text) {
-    std::string out = "'";
-    for (const char c : text) out += c == '\'' ? "''" : std::string(1, c);
-    return out + "'";
-}
 
 }  // namespace
-
-std::string text_of(const kvcull::Budget& budget) {
-    if (budget.tokens > 0) return std::to_string(budget.tokens);
-    std::ostringstream out;
-    out << budget.ratio;
-    return out.str();
-}
 
 void print_table(std::ostream& out, std::span<const Row> rows) {
     const auto policies = policies_of(rows), budgets = budgets_of(rows);
@@ -138,7 +128,7 @@ void write_json(const std::filesystem::path& file, std::span<const Row> rows) {
 
 bool write_accuracy_svg(const std::filesystem::path& file, std::span<const Row> rows,
                         std::span<const Task> tasks) {
-    if (std::system("gnuplot --version > /dev/null 2>&1") != 0) return false;
+    if (!examples::have_gnuplot()) return false;
     const auto names = tasks_of(rows), policies = policies_of(rows), budgets = budgets_of(rows);
     // a ratio is drawn where it lies on average
     const auto tokens = [&](const std::string& task, const kvcull::Budget& budget) {
@@ -167,17 +157,14 @@ bool write_accuracy_svg(const std::filesystem::path& file, std::span<const Row> 
     const double width = 70 + 400 * static_cast<double>(columns) + legend;
     const double height = 30 + 280 * static_cast<double>(lines);
     plot
-        << "set terminal svg size " << width << ',' << height << " font 'Helvetica,13' background '#ffffff'\n"
-        << "set output " << quoted(file.string()) << "\nset multiplot layout " << lines << ',' << columns
-        << " margins screen " << 70 / width << ',' << 1 - legend / width << ',' << 50 / height << ','
-        << 1 - 30 / height << " spacing screen " << 80 / width << ',' << 80 / height << '\n'
+        << "set multiplot layout " << lines << ',' << columns << " margins screen " << 70 / width << ','
+        << 1 - legend / width << ',' << 50 / height << ',' << 1 - 30 / height << " spacing screen "
+        << 80 / width << ',' << 80 / height << '\n'
         << "set logscale x 2\nset yrange [-0.03:1.05]\nset ytics 0, 0.25\nset format y '%.2f'\n"
         << "set grid lc rgb '#e0e0e0'\nset border 3 lc rgb '#808080'\n"
         << "set tics nomirror textcolor rgb '#404040'\n"
         << "set xlabel 'budget per KV head' offset 0,0.4\nset ylabel 'accuracy' offset 1.5,0\n"
         << "set key at screen 0.985,0.5 right center vertical maxcols 1 Left reverse samplen 2 noautotitle\n";
-    constexpr std::array<const char*, 8> colors{"#1f77b4", "#7f7f7f", "#d62728", "#ff7f0e",
-                                                "#17becf", "#9467bd", "#2ca02c", "#bcbd22"};
     for (std::size_t t = 0; t < names.size(); ++t) {
         double least = 1e300, most = 0;
         std::ostringstream tics;
@@ -193,19 +180,14 @@ bool write_accuracy_svg(const std::filesystem::path& file, std::span<const Row> 
             const bool full = policies[p] == "full";
             plot << (p == 0 ? "" : ", ") << "$t" << t << "p" << p << " with linespoints lw 2 ps 0.7 pt "
                  << 4 + p % 9 << " dt " << (full ? 2 : 1) << " lc rgb '"
-                 << (full ? "#000000" : colors[p % colors.size()]) << "' title "
+                 << (full ? "#000000" : examples::line_color(p)) << "' title "
                  << (t + 1 == names.size() ? quoted(policies[p]) : "''") << " noenhanced";
         }
         plot << '\n';
     }
     plot << "unset multiplot\n";
 
-    const auto close = [](std::FILE* pipe) { ::pclose(pipe); };
-    std::unique_ptr<std::FILE, decltype(close)> gnuplot(::popen("gnuplot", "w"), close);
-    const std::string script = plot.str();
-    if (gnuplot == nullptr || std::fwrite(script.data(), 1, script.size(), gnuplot.get()) != script.size() ||
-        ::pclose(gnuplot.release()) != 0)
-        throw std::runtime_error("gnuplot could not draw " + file.string());
+    examples::draw_svg(file, width, height, plot.str());
     return true;
 }
 

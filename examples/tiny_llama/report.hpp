@@ -11,9 +11,6 @@
 
 namespace tiny_llama {
 
-/// "96" or "0.25".
-[[nodiscard]] std::string text_of(const kvcull::Budget& budget);
-
 /// Per task: accuracy and kilobytes of every policy at every budget.
 void print_table(std::ostream& out, std::span<const Row> rows);
 
