@@ -34,6 +34,7 @@ void add_options(CLI::App& app, Options& options) {
         ->delimiter(',')
         ->capture_default_str();
     app.add_option("--chunk", options.chunk, "Prompt tokens per call; 0: the whole prompt at once")
+        ->check(CLI::Range(0, 1'000'000'000))
         ->capture_default_str();
     app.add_option("--cases", options.cases, "The first so many cases of every task")
         ->check(CLI::Range(1, 1'000'000))

@@ -177,11 +177,8 @@ bool write_accuracy_svg(const std::filesystem::path& file, std::span<const Row> 
         plot << "set title " << quoted(names[t]) << " noenhanced offset 0,-0.6\nset xtics (" << tics.str()
              << ")\nset xrange [" << least / 1.15 << ':' << most * 1.15 << "]\nplot ";
         for (std::size_t p = 0; p < policies.size(); ++p) {
-            const bool full = policies[p] == "full";
-            plot << (p == 0 ? "" : ", ") << "$t" << t << "p" << p << " with linespoints lw 2 ps 0.7 pt "
-                 << 4 + p % 9 << " dt " << (full ? 2 : 1) << " lc rgb '"
-                 << (full ? "#000000" : examples::line_color(p)) << "' title "
-                 << (t + 1 == names.size() ? quoted(policies[p]) : "''") << " noenhanced";
+            plot << (p == 0 ? "" : ", ") << "$t" << t << "p" << p << ' ' << examples::line_of(policies[p], p)
+                 << " title " << (t + 1 == names.size() ? quoted(policies[p]) : "''") << " noenhanced";
         }
         plot << '\n';
     }
