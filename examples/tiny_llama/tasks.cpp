@@ -80,7 +80,7 @@ std::vector<Task> read_tasks(std::span<const std::string> where, const fs::path&
             if (task.name == name) return add(std::move(task), home.string());
             names += (names.empty() ? "" : ", ") + task.name;
         }
-        fail("--tasks " + name,
+        fail("task " + name,
              "no such file, folder or task; the tasks in " + home.string() + " are: " + names);
     };
     if (where.empty()) add_folder(home);

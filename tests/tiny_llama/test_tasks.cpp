@@ -72,7 +72,7 @@ TEST_CASE("tasks are found by folder, file and name", "[tiny_llama][contract]") 
 }
 
 TEST_CASE("a task that is not there is an error that lists those that are", "[tiny_llama][contract]") {
-    CHECK_THAT(complaint({"nedle"}), says("--tasks nedle") && says("are: asked, needle, thoughts, topics"));
+    CHECK_THAT(complaint({"nedle"}), says("task nedle") && says("are: asked, needle, thoughts, topics"));
     CHECK_THAT(complaint({"needle", "needle"}), says("'needle' is given twice"));
     CHECK_THAT(complaint({(model_folder / "vocab.json").string()}), says("'task' is missing"));
     const Folder folder;
