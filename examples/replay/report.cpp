@@ -1,0 +1,201 @@
+#include "report.hpp"
+
+#include <algorithm>
+#include <fstream>
+#include <iomanip>
+#include <kvcull/base/safetensors.hpp>
+#include <nlohmann/json.hpp>
+#include <ostream>
+#include <sstream>
+#include <stdexcept>
+
+#include "../common/budget_text.hpp"
+#include "../common/gnuplot.hpp"
+
+namespace replay {
+namespace {
+
+using examples::quoted;
+using examples::text_of;
+
+std::vector<std::string> policies_of(std::span<const Outcome> runs) {
+    std::vector<std::string> names;
+    for (const Outcome& run : runs)
+        if (std::find(names.begin(), names.end(), run.setting.policy) == names.end())
+            names.push_back(run.setting.policy);
+    return names;
+}
+
+}  // namespace
+
+void print_table(std::ostream& out, std::span<const Outcome> runs) {
+    std::size_t longest = 6;
+    for (const Outcome& run : runs) longest = std::max(longest, run.setting.policy.size());
+    const int name = static_cast<int>(longest);
+    out << std::left << std::setw(name) << "" << std::right << "           output error     mass kept"
+        << "       rows held         KB held      us per step\n"
+        << std::left << std::setw(name) << "policy" << std::right << "  budget   mean   worst   mean  least"
+        << "     end    peak     end    peak  policy    full\n";
+    for (const Outcome& run : runs) {
+        out << std::left << std::setw(name) << run.setting.policy << std::right << std::setw(8)
+            << text_of(run.setting.budget) << std::fixed << std::setprecision(3) << std::setw(7)
+            << run.mean_error << std::setw(8) << run.worst_error << std::setw(7) << run.mean_mass
+            << std::setw(7) << run.least_mass << std::setprecision(1) << std::setw(8) << run.rows
+            << std::setw(8) << run.peak_rows << std::setprecision(0) << std::setw(8)
+            << static_cast<double>(run.bytes) / 1e3 << std::setw(8)
+            << static_cast<double>(run.peak_bytes) / 1e3 << std::setw(8) << run.seconds * 1e6 << std::setw(8)
+            << run.full_seconds * 1e6 << '\n';
+    }
+}
+
+void write_json(const std::filesystem::path& file, const std::string& name, const Trace& trace,
+                std::span<const Outcome> runs) {
+    const kvcull::CacheShape& shape = trace.shape;
+    nlohmann::ordered_json whole;
+    whole["trace"] = {{"file", name},
+                      {"tokens", trace.size()},
+                      {"prompt_tokens", trace.prompt},
+                      {"layers", shape.layers},
+                      {"q_heads", shape.q_heads},
+                      {"kv_heads", shape.kv_heads},
+                      {"head_dim", shape.head_dim},
+                      {"value_dim", shape.values()},
+                      {"dtype", name_of(shape.dtype)}};
+    whole["runs"] = nlohmann::ordered_json::array();
+    for (const Outcome& run : runs) {
+        nlohmann::ordered_json item{{"policy", run.setting.policy}};
+        if (run.setting.budget.tokens > 0)
+            item["budget"] = run.setting.budget.tokens;
+        else
+            item["budget"] = run.setting.budget.ratio;
+        item.update({{"mean_error", run.mean_error},
+                     {"worst_error", run.worst_error},
+                     {"mean_mass", run.mean_mass},
+                     {"least_mass", run.least_mass},
+                     {"rows", run.rows},
+                     {"peak_rows", run.peak_rows},
+                     {"bytes", run.bytes},
+                     {"peak_bytes", run.peak_bytes},
+                     {"full_bytes", run.full_bytes},
+                     {"us_per_step", run.seconds * 1e6},
+                     {"full_us_per_step", run.full_seconds * 1e6}});
+        whole["runs"].push_back(std::move(item));
+    }
+    std::ofstream out(file);
+    out << whole.dump(1) << '\n';
+    if (!out.flush()) throw std::runtime_error(file.string() + ": cannot be written");
+}
+
+void write_kept(const std::filesystem::path& file, const Trace& trace, std::span<const Outcome> runs) {
+    using kvcull::Tensor;
+    const std::vector<std::int64_t>& seen = runs.front().seen;
+    std::vector<Tensor> tensors{Tensor::of<std::int64_t>("seen", {seen.size()}, seen),
+                                Tensor::of<std::int64_t>("positions", {trace.size()}, trace.positions)};
+    kvcull::SafeTensors::Metadata metadata;
+    for (std::size_t i = 0; i < runs.size(); ++i) {
+        const std::string name = "runs." + std::to_string(i) + ".";
+        tensors.push_back(Tensor::of<std::int64_t>(
+            name + "until", {trace.shape.layers, trace.shape.kv_heads, trace.size()}, runs[i].until));
+        metadata[name + "policy"] = runs[i].setting.policy;
+        metadata[name + "budget"] = text_of(runs[i].setting.budget);
+    }
+    kvcull::SafeTensors::write(file.string(), metadata, tensors);
+}
+
+void write_error_svg(const std::filesystem::path& file, const Trace& trace, std::span<const Outcome> runs) {
+    const auto policies = policies_of(runs);
+    std::ostringstream plot, tics;
+    std::size_t longest = 0;
+    for (std::size_t p = 0; p < policies.size(); ++p) {
+        std::vector<const Outcome*> line;
+        for (const Outcome& run : runs)
+            if (run.setting.policy == policies[p]) line.push_back(&run);
+        const auto x = [&](const Outcome* run) { return budget_tokens(run->setting.budget, trace.prompt); };
+        std::sort(line.begin(), line.end(), [&](auto* a, auto* b) { return x(a) < x(b); });
+        plot << "$p" << p << " << EOD\n";
+        for (const Outcome* run : line) {
+            plot << x(run) << ' ' << run->mean_error << ' ' << run->mean_mass << '\n';
+            if (p == 0)
+                tics << (run == line.front() ? "" : ", ") << quoted(text_of(run->setting.budget)) << ' '
+                     << x(run);
+        }
+        plot << "EOD\n";
+        longest = std::max(longest, policies[p].size());
+    }
+    // in pixels: two panels left, the legend right
+    const double legend = 90 + 7.5 * static_cast<double>(longest), width = 70 + 800 + legend, height = 340;
+    plot << "set multiplot layout 1,2 margins screen " << 70 / width << ',' << 1 - legend / width
+         << ",0.17,0.88"
+         << " spacing screen " << 80 / width
+         << "\nset logscale x 2\nset offsets graph 0.05, graph 0.05, 0, 0\n"
+         << "set xtics (" << tics.str() << ")\nset grid lc rgb '#e0e0e0'\nset border 3 lc rgb '#808080'\n"
+         << "set tics nomirror textcolor rgb '#404040'\nset xlabel 'budget per KV head'\n"
+         << "set key at screen 0.99,0.5 right center vertical maxcols 1 Left reverse samplen 2 noautotitle\n";
+    const auto panel = [&](const char* title, int column, bool titled) {
+        plot << "set title " << quoted(title) << "\nplot ";
+        for (std::size_t p = 0; p < policies.size(); ++p) {
+            plot << (p == 0 ? "" : ", ") << "$p" << p << " using 1:" << column << ' '
+                 << examples::line_of(policies[p], p) << " title " << (titled ? quoted(policies[p]) : "''")
+                 << " noenhanced";
+        }
+        plot << '\n';
+    };
+    plot << "set yrange [0:*]\n";
+    panel("error of the output, mean", 2, false);
+    plot << "set yrange [0:1.03]\n";
+    panel("attention mass kept, mean", 3, true);
+    plot << "unset multiplot\n";
+    examples::draw_svg(file, width, height, plot.str());
+}
+
+void write_kept_svg(const std::filesystem::path& file, const Trace& trace, std::span<const Outcome> runs,
+                    const kvcull::Budget& budget) {
+    std::vector<const Outcome*> shown;
+    for (const Outcome& run : runs)
+        if (text_of(run.setting.budget) == text_of(budget)) shown.push_back(&run);
+    const std::size_t heads = trace.shape.heads(), columns = std::min<std::size_t>(heads, 6);
+    const auto lines = static_cast<double>(shown.size()), size = static_cast<double>(trace.size());
+    const double width = 75 + 190 * static_cast<double>(columns), height = 122 + 185 * lines;
+    double tic = 1;  // 1, 2, 5, 10, ..: at most four on an axis
+    for (int i = 0; size > 4 * tic; ++i) tic *= i % 3 == 1 ? 2.5 : 2;
+
+    std::ostringstream plot;
+    plot << "set multiplot layout " << shown.size() << ',' << columns << " margins screen " << 60 / width
+         << ',' << 1 - 15 / width << ',' << 62 / height << ',' << 1 - 60 / height << " spacing screen "
+         << 20 / width << ',' << 30 / height << "\nset label 1 'Tokens kept at a budget of "
+         << text_of(budget) << " per KV head' at screen 0.5,screen " << 1 - 18 / height
+         << " center font ',15'\n"
+         << "set label 2 'tokens seen' at screen 0.5,screen " << 14 / height << " center\n"
+         << "set label 3 'position' at screen " << 14 / width << ",screen 0.5 center rotate\n"
+         << "set xrange [0:" << size << "]\nset yrange [0:" << size << "]\nset xtics " << tic
+         << " format ''\nset ytics " << tic << "\nset tics nomirror out scale 0.5 textcolor rgb '#404040'\n"
+         << "set border 3 lc rgb '#808080'\nset key off\n"
+         << "set arrow from " << trace.prompt << ",graph 0 to " << trace.prompt
+         << ",graph 1 nohead dt 2 lc rgb '#b0b0b0'\n";
+    for (std::size_t line = 0; line < shown.size(); ++line)
+        for (std::size_t column = 0; column < columns; ++column) {
+            const Outcome& run = *shown[line];
+            const std::size_t head = column * heads / columns;
+            plot << "$kept << EOD\n0 0 0 0\n";  // gnuplot wants a point where nothing was kept
+            for (std::size_t t = 0; t < trace.size(); ++t) {
+                const std::int64_t until = run.until[head * trace.size() + t];
+                const auto step =
+                    std::upper_bound(run.seen.begin(), run.seen.end(), static_cast<std::int64_t>(t));
+                const std::int64_t from = step == run.seen.begin() ? 0 : *(step - 1);
+                if (until > from)
+                    plot << from << ' ' << static_cast<double>(t) + 0.5 << ' ' << until - from << " 0\n";
+            }
+            plot << "EOD\nset title "
+                 << quoted(run.setting.policy + ", layer " + std::to_string(head / trace.shape.kv_heads) +
+                           " head " + std::to_string(head % trace.shape.kv_heads))
+                 << " noenhanced font ',11' offset 0,-0.7\nset format y '" << (column == 0 ? "%g" : "")
+                 << "'\nset format x '" << (line + 1 == shown.size() ? "%g" : "")
+                 << "'\nplot $kept with vectors nohead lw " << std::max(0.5, 150 / size) << " lc rgb '"
+                 << examples::color_of(run.setting.policy, line)
+                 << "'\nunset label 1\nunset label 2\nunset label 3\n";
+        }
+    plot << "unset multiplot\n";
+    examples::draw_svg(file, width, height, plot.str());
+}
+
+}  // namespace replay
