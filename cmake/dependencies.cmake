@@ -34,10 +34,15 @@ set(BENCHMARK_ENABLE_TESTING OFF)
 set(BENCHMARK_ENABLE_INSTALL OFF)
 FetchContent_MakeAvailable(${dependencies})
 
-# Some distributions ship Catch2 version 2 as headers only.
-if(KVCULL_BUILD_TESTS AND NOT TARGET Catch2::Catch2WithMain)
-    file(CONFIGURE OUTPUT catch_main.cpp CONTENT "#define CATCH_CONFIG_MAIN\n#include <catch2/catch.hpp>\n")
-    add_library(kvcull-catch-main STATIC ${CMAKE_CURRENT_BINARY_DIR}/catch_main.cpp)
-    target_link_libraries(kvcull-catch-main PUBLIC Catch2::Catch2)
-    add_library(Catch2::Catch2WithMain ALIAS kvcull-catch-main)
+# kvcull-catch-main: Catch2 with its `main`. Version 2 is a header; the compiled `main` beside it, where a distribution
+# ships one, is for this machine alone.
+if(KVCULL_BUILD_TESTS)
+    if(TARGET Catch2::Catch2WithMain AND NOT (CMAKE_CROSSCOMPILING AND Catch2_VERSION AND Catch2_VERSION VERSION_LESS 3))
+        add_library(kvcull-catch-main INTERFACE)
+        target_link_libraries(kvcull-catch-main INTERFACE Catch2::Catch2WithMain)
+    else()
+        file(CONFIGURE OUTPUT catch_main.cpp CONTENT "#define CATCH_CONFIG_MAIN\n#include <catch2/catch.hpp>\n")
+        add_library(kvcull-catch-main STATIC ${CMAKE_CURRENT_BINARY_DIR}/catch_main.cpp)
+        target_link_libraries(kvcull-catch-main PUBLIC Catch2::Catch2)
+    endif()
 endif()

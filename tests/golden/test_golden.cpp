@@ -66,7 +66,7 @@ Report run(const std::string& arguments) {
     const Folder folder;
     const std::string output = (folder / "output").string();
     const int status =
-        std::system(("\"" KVCULL_GOLDEN_RUNNER "\" " + arguments + " > " + output + " 2> /dev/null").c_str());
+        std::system((KVCULL_GOLDEN_RUNNER " " + arguments + " > " + output + " 2> /dev/null").c_str());
     Report report{.status = WIFEXITED(status) ? WEXITSTATUS(status) : -1, .lines = {}, .last = {}};
     std::ifstream file(output);
     for (std::string line; std::getline(file, line); report.last = line) {
