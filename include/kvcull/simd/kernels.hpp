@@ -3,7 +3,7 @@
 /// and operating system offer. Take `const Kernels& k = kernels()` once per step and call it per run of rows.
 ///
 /// Adding an instruction set: a header with a namespace of the same functions, an enumerator and a name here,
-/// a test in `available`, a row in `kernels_for`.
+/// a line each in `compiled`, `available` and `kernels_for`.
 
 #include <algorithm>
 #include <array>
@@ -17,14 +17,15 @@
 #include "../base/types.hpp"
 #include "avx2.hpp"
 #include "avx512.hpp"
+#include "neon.hpp"
 #include "scalar.hpp"
 #include "target.hpp"
 
 namespace kvcull::inline KVCULL_ABI::simd {
 
-/// Instruction sets, each better than the one before it.
-enum class Isa : std::uint8_t { scalar, avx2, avx512 };
-inline constexpr std::array all_isas{Isa::scalar, Isa::avx2, Isa::avx512};
+/// Instruction sets; those of one architecture stand in order, each better than the one before it.
+enum class Isa : std::uint8_t { scalar, avx2, avx512, neon };
+inline constexpr std::array all_isas{Isa::scalar, Isa::avx2, Isa::avx512, Isa::neon};
 
 /// out[g * out_stride + j] = scale * (q_g . k_j) for g < group, j < rows. Float sums.
 /// @param next  rows that will be read after these and may be fetched meanwhile, or nullptr.
@@ -106,7 +107,8 @@ struct Kernels {
 };
 
 [[nodiscard]] constexpr std::string_view name_of(Isa isa) noexcept {
-    return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "scalar";
+    constexpr std::array<std::string_view, all_isas.size()> names{"scalar", "avx2", "avx512", "neon"};
+    return names[static_cast<std::size_t>(isa)];
 }
 
 /// @throws config_error that lists the known names.
@@ -119,13 +121,18 @@ struct Kernels {
     detail::fail<error::config_error>("parse_isa", "name", name, known);
 }
 
+/// Whether this build has kernels for `isa`: scalar and those of its architecture.
+[[nodiscard]] constexpr bool compiled(Isa isa) noexcept {
+    return isa == Isa::scalar || (isa == Isa::neon ? KVCULL_NEON : KVCULL_X86) != 0;
+}
+
 /// Whether this build, this CPU and its operating system can run `isa`.
 [[nodiscard]] inline bool available(Isa isa) noexcept {
 #if KVCULL_X86
     if (isa == Isa::avx512) return avx512::supported();
     if (isa == Isa::avx2) return avx2::supported();
 #endif
-    return isa == Isa::scalar;
+    return compiled(isa);
 }
 
 /// The best available instruction set, whatever KVCULL_ISA says.
@@ -136,81 +143,45 @@ struct Kernels {
     return best;
 }
 
+/// The table of an instruction set: the functions of its namespace.
+#define KVCULL_KERNELS_OF(isa)                                                                             \
+    Kernels {                                                                                              \
+        Isa::isa, {isa::dots_f32}, {isa::dots_f16}, {isa::dots_bf16}, {isa::weighted_sum_f32},             \
+            {isa::weighted_sum_f16}, {isa::weighted_sum_bf16}, {isa::distances_f32}, {isa::distances_f16}, \
+            {isa::distances_bf16}, isa::softmax, isa::add_rows, isa::maximum, isa::widen_f16,              \
+            isa::widen_bf16, isa::narrow_f16, isa::narrow_bf16                                             \
+    }
+
 /// @throws config_error if it is not available here.
 [[nodiscard]] inline const Kernels& kernels_for(Isa isa) {
     detail::check<error::config_error>(available(isa), "kernels_for", "isa", name_of(isa),
                                        "one that this machine has");
 #if KVCULL_X86
-    if (isa == Isa::avx512) {
-        static constexpr Kernels table{Isa::avx512,
-                                       {avx512::dots_f32},
-                                       {avx512::dots_f16},
-                                       {avx512::dots_bf16},
-                                       {avx512::weighted_sum_f32},
-                                       {avx512::weighted_sum_f16},
-                                       {avx512::weighted_sum_bf16},
-                                       {avx512::distances_f32},
-                                       {avx512::distances_f16},
-                                       {avx512::distances_bf16},
-                                       avx512::softmax,
-                                       avx512::add_rows,
-                                       avx512::maximum,
-                                       avx512::widen_f16,
-                                       avx512::widen_bf16,
-                                       avx512::narrow_f16,
-                                       avx512::narrow_bf16};
-        return table;
-    }
-    if (isa == Isa::avx2) {
-        static constexpr Kernels table{Isa::avx2,
-                                       {avx2::dots_f32},
-                                       {avx2::dots_f16},
-                                       {avx2::dots_bf16},
-                                       {avx2::weighted_sum_f32},
-                                       {avx2::weighted_sum_f16},
-                                       {avx2::weighted_sum_bf16},
-                                       {avx2::distances_f32},
-                                       {avx2::distances_f16},
-                                       {avx2::distances_bf16},
-                                       avx2::softmax,
-                                       avx2::add_rows,
-                                       avx2::maximum,
-                                       avx2::widen_f16,
-                                       avx2::widen_bf16,
-                                       avx2::narrow_f16,
-                                       avx2::narrow_bf16};
-        return table;
-    }
+    static constexpr Kernels of_avx2 = KVCULL_KERNELS_OF(avx2), of_avx512 = KVCULL_KERNELS_OF(avx512);
+    if (isa == Isa::avx2) return of_avx2;
+    if (isa == Isa::avx512) return of_avx512;
+#elif KVCULL_NEON
+    static constexpr Kernels of_neon = KVCULL_KERNELS_OF(neon);
+    if (isa == Isa::neon) return of_neon;
 #endif
-    static constexpr Kernels table{Isa::scalar,
-                                   {scalar::dots_f32},
-                                   {scalar::dots_f16},
-                                   {scalar::dots_bf16},
-                                   {scalar::weighted_sum_f32},
-                                   {scalar::weighted_sum_f16},
-                                   {scalar::weighted_sum_bf16},
-                                   {scalar::distances_f32},
-                                   {scalar::distances_f16},
-                                   {scalar::distances_bf16},
-                                   scalar::softmax,
-                                   scalar::add_rows,
-                                   scalar::maximum,
-                                   scalar::widen_f16,
-                                   scalar::widen_bf16,
-                                   scalar::narrow_f16,
-                                   scalar::narrow_bf16};
-    return table;
+    static constexpr Kernels of_scalar = KVCULL_KERNELS_OF(scalar);
+    return of_scalar;
 }
 
-/// `best`, or the instruction set named `cap` if that is a lesser one. No cap: nullptr or "".
+#undef KVCULL_KERNELS_OF
+
+/// `best`, or the instruction set named `cap` if that is a lesser one, or one of another architecture, which
+/// `kernels_for` refuses. No cap: nullptr or "".
 /// @throws config_error if `cap` is an unknown name.
 [[nodiscard]] inline Isa capped(Isa best, const char* cap) {
-    return cap == nullptr || *cap == '\0' ? best : std::min(best, parse_isa(cap));
+    if (cap == nullptr || *cap == '\0') return best;
+    const Isa wanted = parse_isa(cap);
+    return compiled(wanted) ? std::min(best, wanted) : wanted;
 }
 
-/// The best kernels, chosen at the first call; the environment variable KVCULL_ISA (scalar, avx2, avx512)
-/// caps the choice.
-/// @throws config_error if the variable holds an unknown name.
+/// The best kernels, chosen at the first call; the environment variable KVCULL_ISA (scalar, avx2, avx512,
+/// neon) caps the choice.
+/// @throws config_error if the variable holds an unknown name or one of another architecture.
 [[nodiscard]] inline const Kernels& kernels() {
     static const Kernels& chosen = kernels_for(capped(detect(), std::getenv("KVCULL_ISA")));
     return chosen;

@@ -14,10 +14,22 @@
 #else
 #    define KVCULL_X86 0
 #endif
+#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
+#    define KVCULL_NEON 1
+#else
+#    define KVCULL_NEON 0
+#endif
 
 #define KVCULL_PRAGMA(text) _Pragma(#text)
 
-#if defined(__clang__)
+#if defined(__clang__) && defined(__aarch64__) && __clang_major__ < 16
+// These know no such pragma on ARM; without -ffast-math they only contract where they like to.
+#    if defined(__FAST_MATH__)
+#        error "kvcull: on ARM, -ffast-math needs Clang 16 or newer"
+#    endif
+#    define KVCULL_PRECISE_BEGIN
+#    define KVCULL_PRECISE_END
+#elif defined(__clang__)
 #    define KVCULL_PRECISE_BEGIN                        \
         KVCULL_PRAGMA(float_control(precise, on, push)) \
         KVCULL_PRAGMA(clang fp contract(off))
