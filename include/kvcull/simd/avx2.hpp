@@ -85,8 +85,9 @@ template <class T>
 }
 
 // What a pair of a query and a row sums over their channels; kernels.hpp says why. `at` moves to a later
-// pair.
+// pair. What is summed `often` has tiles for two and three queries too, for which the others save the code.
 struct Product {
+    static constexpr bool often = true;
     [[nodiscard]] Product at(std::size_t, std::size_t) const noexcept { return {}; }
     [[gnu::always_inline]] __m256 add(__m256 query, __m256 row, __m256 sum, std::size_t,
                                       std::size_t) const noexcept {
@@ -94,6 +95,7 @@ struct Product {
     }
 };
 struct Distance {
+    static constexpr bool often = false;
     [[nodiscard]] Distance at(std::size_t, std::size_t) const noexcept { return {}; }
     [[gnu::always_inline]] __m256 add(__m256 query, __m256 row, __m256 sum, std::size_t,
                                       std::size_t) const noexcept {
@@ -102,6 +104,7 @@ struct Distance {
     }
 };
 struct StretchedDistance {
+    static constexpr bool often = false;
     const float* z;
     std::size_t stride;
 
@@ -188,29 +191,35 @@ template <class Term, class T>
                                          float scale, float* out, std::size_t out_stride,
                                          const void* next) noexcept {
     const std::uintptr_t ahead = distance(k, rows * k_stride, next);
-    const std::size_t chunk = group <= 4 ? rows : chunk_rows(dim * sizeof(T));
+    const bool once = group == 1 || group == 4 || (Term::often && group < 4);
+    const std::size_t chunk = once ? rows : chunk_rows(dim * sizeof(T));
     for (std::size_t j = 0; j < rows; j += chunk) {
         const std::size_t count = rows - j < chunk ? rows - j : chunk;
-        for (std::size_t g = 0; g < group; g += 4) {
+        for (std::size_t g = 0; g < group;) {
+            const Term pair = term.at(g, j);
             const float* query = q + g * q_stride;
             const T* row = k + j * k_stride;
             float* to = out + g * out_stride + j;
-            switch (group - g) {
-                case 1:
-                    pair_rows<1, 4>(term.at(g, j), query, q_stride, row, k_stride, count, dim, scale, to,
-                                    out_stride, ahead);
-                    break;
-                case 2:
-                    pair_rows<2, 4>(term.at(g, j), query, q_stride, row, k_stride, count, dim, scale, to,
-                                    out_stride, ahead);
-                    break;
-                case 3:
-                    pair_rows<3, 2>(term.at(g, j), query, q_stride, row, k_stride, count, dim, scale, to,
-                                    out_stride, ahead);
-                    break;
-                default:
-                    pair_rows<4, 2>(term.at(g, j), query, q_stride, row, k_stride, count, dim, scale, to,
-                                    out_stride, ahead);
+            const std::size_t left = group - g;
+            if (left >= 4) {
+                pair_rows<4, 2>(pair, query, q_stride, row, k_stride, count, dim, scale, to, out_stride,
+                                ahead);
+                g += 4;
+            } else if constexpr (Term::often) {
+                if (left == 3)
+                    pair_rows<3, 2>(pair, query, q_stride, row, k_stride, count, dim, scale, to, out_stride,
+                                    ahead);
+                else if (left == 2)
+                    pair_rows<2, 4>(pair, query, q_stride, row, k_stride, count, dim, scale, to, out_stride,
+                                    ahead);
+                else
+                    pair_rows<1, 4>(pair, query, q_stride, row, k_stride, count, dim, scale, to, out_stride,
+                                    ahead);
+                g = group;
+            } else {
+                pair_rows<1, 4>(pair, query, q_stride, row, k_stride, count, dim, scale, to, out_stride,
+                                ahead);
+                ++g;
             }
         }
     }
