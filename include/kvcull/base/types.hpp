@@ -48,11 +48,16 @@ enum class DType : std::uint8_t { f32, f16, bf16 };
     return (std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFU) > 0x7F800000U;
 }
 inline constexpr std::uint32_t negative_infinity_bits = 0xFF800000U;
+inline constexpr std::uint32_t positive_infinity_bits = 0x7F800000U;
 inline constexpr std::uint32_t quiet_nan_bits = 0x7FC00000U;
 inline constexpr float negative_infinity_value = std::bit_cast<float>(negative_infinity_bits);
+inline constexpr float positive_infinity_value = std::bit_cast<float>(positive_infinity_bits);
 inline constexpr float quiet_nan_value = std::bit_cast<float>(quiet_nan_bits);
 [[nodiscard]] constexpr const float& negative_infinity() noexcept {
     return negative_infinity_value;
+}
+[[nodiscard]] constexpr const float& positive_infinity() noexcept {
+    return positive_infinity_value;
 }
 [[nodiscard]] constexpr const float& quiet_nan() noexcept {
     return quiet_nan_value;

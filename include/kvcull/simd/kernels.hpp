@@ -15,8 +15,8 @@
 
 #include "../base/error.hpp"
 #include "../base/types.hpp"
-#include "avx2.hpp"
-#include "avx512.hpp"
+#include "avx2_rows.hpp"
+#include "avx512_rows.hpp"
 #include "neon.hpp"
 #include "scalar.hpp"
 #include "target.hpp"
@@ -94,6 +94,18 @@ struct Kernels {
     /// out[j] += x[r * x_stride + j] for r < rows, row after row: the bits of `rows` calls of `add`.
     void (*add_rows)(float* out, const float* x, std::size_t x_stride, std::size_t rows,
                      std::size_t n) noexcept;
+    /// out[j] += (a z)^2 d, row after row, with a[r * a_stride + j], z and d alike, for r < rows. Without `z`
+    /// or `d` (nullptr) that factor is 1. Where a is 0 nothing is added, whatever z and d are.
+    void (*add_squares)(float* out, const float* a, std::size_t a_stride, const float* z,
+                        std::size_t z_stride, const float* d, std::size_t d_stride, std::size_t rows,
+                        std::size_t n) noexcept;
+    /// Least and largest entry, 0 included, and the sum: floats over at most 64 terms per lane, double above
+    /// them. A NaN makes the sum NaN and is passed over otherwise.
+    void (*summarise)(const float* x, std::size_t n, float* least, float* most, double* sum) noexcept;
+    /// x[j] = w / (1 - w) with w = factor * x[j].
+    void (*odds)(float* x, std::size_t n, float factor) noexcept;
+    /// x[j] = sqrt(x[j])
+    void (*square_roots)(float* x, std::size_t n) noexcept;
     /// out[j] = max(out[j], x[j])
     void (*maximum)(float* out, const float* x, std::size_t n) noexcept;
     void (*widen_f16)(const float16* x, float* out, std::size_t n) noexcept;
@@ -144,12 +156,13 @@ struct Kernels {
 }
 
 /// The table of an instruction set: the functions of its namespace.
-#define KVCULL_KERNELS_OF(isa)                                                                             \
-    Kernels {                                                                                              \
-        Isa::isa, {isa::dots_f32}, {isa::dots_f16}, {isa::dots_bf16}, {isa::weighted_sum_f32},             \
-            {isa::weighted_sum_f16}, {isa::weighted_sum_bf16}, {isa::distances_f32}, {isa::distances_f16}, \
-            {isa::distances_bf16}, isa::softmax, isa::add_rows, isa::maximum, isa::widen_f16,              \
-            isa::widen_bf16, isa::narrow_f16, isa::narrow_bf16                                             \
+#define KVCULL_KERNELS_OF(isa)                                                                               \
+    Kernels {                                                                                                \
+        Isa::isa, {isa::dots_f32}, {isa::dots_f16}, {isa::dots_bf16}, {isa::weighted_sum_f32},               \
+            {isa::weighted_sum_f16}, {isa::weighted_sum_bf16}, {isa::distances_f32}, {isa::distances_f16},   \
+            {isa::distances_bf16}, isa::softmax, isa::add_rows, isa::add_squares, isa::summarise, isa::odds, \
+            isa::square_roots, isa::maximum, isa::widen_f16, isa::widen_bf16, isa::narrow_f16,               \
+            isa::narrow_bf16                                                                                 \
     }
 
 /// @throws config_error if it is not available here.

@@ -25,6 +25,7 @@
 #    include "../base/types.hpp"
 #    include "ahead.hpp"
 #    include "exp.hpp"
+#    include "scalar.hpp"
 
 KVCULL_PRECISE_BEGIN
 
@@ -449,6 +450,12 @@ inline void add_rows(float* out, const float* x, std::size_t x_stride, std::size
             for (std::size_t r = 0; r < count; ++r) out[j] += row[r * x_stride + j];
     }
 }
+
+// Simple loops over one row, which compilers turn into NEON code themselves.
+using scalar::add_squares;
+using scalar::odds;
+using scalar::square_roots;
+using scalar::summarise;
 
 inline void maximum(float* out, const float* x, std::size_t n) noexcept {
     std::size_t j = 0;

@@ -144,6 +144,36 @@ inline void add_rows(float* out, const float* x, std::size_t x_stride, std::size
         for (std::size_t j = 0; j < n; ++j) out[j] += x[r * x_stride + j];
 }
 
+inline void add_squares(float* out, const float* a, std::size_t a_stride, const float* z,
+                        std::size_t z_stride, const float* d, std::size_t d_stride, std::size_t rows,
+                        std::size_t n) noexcept {
+    for (std::size_t r = 0; r < rows; ++r) {
+        for (std::size_t j = 0; j < n; ++j) {
+            const float weight = a[r * a_stride + j];
+            if ((std::bit_cast<std::uint32_t>(weight) << 1U) == 0) continue;
+            const float factor = z == nullptr ? weight : weight * z[r * z_stride + j];
+            out[j] += d == nullptr ? factor * factor : factor * factor * d[r * d_stride + j];
+        }
+    }
+}
+
+inline void summarise(const float* x, std::size_t n, float* least, float* most, double* sum) noexcept {
+    *least = 0;
+    *most = 0;
+    *sum = 0;
+    for (std::size_t j = 0; j < n; ++j) {
+        if (x[j] < *least) *least = x[j];
+        raise(*most, x[j]);
+        *sum += static_cast<double>(x[j]);
+    }
+}
+inline void odds(float* x, std::size_t n, float factor) noexcept {
+    for (std::size_t j = 0; j < n; ++j) x[j] = factor * x[j] / (1.0F - factor * x[j]);
+}
+inline void square_roots(float* x, std::size_t n) noexcept {
+    for (std::size_t j = 0; j < n; ++j) x[j] = std::sqrt(x[j]);
+}
+
 inline void maximum(float* out, const float* x, std::size_t n) noexcept {
     for (std::size_t j = 0; j < n; ++j) raise(out[j], x[j]);
 }
