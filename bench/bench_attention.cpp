@@ -1,13 +1,18 @@
 /// decode/<type>/<instruction set>/heads:<q>x<kv>/n:<rows>/threads:<t>[/scores:<what>], prefill/.. alike.
 /// `naive` in the place of the instruction set: the loops of support/naive.hpp on the same memory.
 
+#include <array>
 #include <cmath>
+#include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
 #include "groups.hpp"
 #include "kvcull/attention/attend.hpp"
 #include "kvcull/cache/tiles.hpp"
+#include "kvcull/policies/caote.hpp"
+#include "kvcull/policies/obcache.hpp"
 #include "support/cases.hpp"
 #include "support/naive.hpp"
 #include "support/roofline.hpp"
@@ -18,10 +23,23 @@ namespace {
 
 constexpr std::size_t dim = 128;
 
-/// What a step hands to policies beside its output.
-enum class Scores : std::uint8_t { none, sums, rows };
+/// What a step computes for policies beside its output. From `obcache_value` on it is the policy itself that
+/// takes part, in a step that scores: OBCache counts the row, CAOTE (over TOVA) takes its decision's scores.
+enum class Scores : std::uint8_t {
+    none,
+    sums,
+    rows,
+    obcache_value,
+    obcache_key,
+    obcache_joint,
+    obcache_lagged,
+    caote,
+    fastcaote
+};
+constexpr std::array score_names{"none",          "sums",           "rows",  "obcache_value", "obcache_key",
+                                 "obcache_joint", "obcache_lagged", "caote", "fastcaote"};
 constexpr std::string_view name_of(Scores scores) {
-    return scores == Scores::none ? "none" : scores == Scores::sums ? "sums" : "rows";
+    return score_names[static_cast<std::size_t>(scores)];
 }
 
 struct Case {
@@ -50,6 +68,80 @@ struct Case {
     }
 };
 
+/// One policy on all heads of a layer, one decode step over and over.
+class PolicyStep {
+  public:
+    virtual ~PolicyStep() = default;
+    /// Attention of one head's group with all that the policy does in this step.
+    virtual void run(std::size_t head, std::size_t thread) = 0;
+    /// Takes all states back to where they were before the step.
+    virtual void reset() = 0;
+};
+template <class P>
+class StepOf final : public PolicyStep {
+  public:
+    StepOf(const Case& shape, const simd::Kernels& kernels, Rows& rows, const float* q, float* out, P policy)
+        : shape_(shape), kernels_(&kernels), rows_(&rows), q_(q), out_(out), policy_(std::move(policy)) {
+        position_.resize(shape.n);
+        std::iota(position_.begin(), position_.end(), position_t{0});
+        scratch_.resize(shape.threads);
+        score_.resize(shape.threads, std::vector<float>(shape.n));
+        for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+            typename P::State& state = before_.emplace_back();
+            HeadStep prompt = base(head, 0, shape.n - 1);
+            prompt.phase = Phase::prompt;
+            prompt.added = prompt.n();
+            resize_state(state, prompt.n());
+            policy_.observe(state, prompt);
+            resize_state(state, shape.n);
+        }
+        states_ = before_;
+        for (std::size_t head = 0; head < shape.kv_heads; ++head) run(head, 0);
+        if constexpr (std::is_same_v<P, OBCache>)
+            if (policy_.lagged) before_ = states_;  // a row waits
+        reset();
+    }
+
+    void run(std::size_t head, std::size_t thread) override {
+        const HeadStep step = base(head, thread, shape_.n);
+        detail::for_each_tile(step, head_major(q_, shape_.q_heads, 1, dim), head * shape_.group(), true,
+                              head_major(out_, shape_.q_heads, 1, dim), policy_.needs(Phase::decode),
+                              scratch_[thread], detail::Observer<P>{policy_, states_[head]});
+        if (decides) policy_.score(states_[head], step, score_[thread]);
+    }
+    void reset() override { states_ = before_; }
+
+  private:
+    static constexpr bool decides = !std::is_same_v<P, OBCache>;
+
+    [[nodiscard]] HeadStep base(std::size_t head, std::size_t thread, std::size_t rows) {
+        return {.phase = Phase::decode,
+                .head = head,
+                .group = shape_.group(),
+                .next_position = static_cast<position_t>(rows),
+                .added = 1,
+                .cached = {{rows_->k(head), shape_.dtype, rows, dim, dim},
+                           {rows_->v(head), shape_.dtype, rows, dim, dim},
+                           PositionsView(std::span<const position_t>(position_).first(rows))},
+                .scale = 1.0F / std::sqrt(static_cast<float>(dim)),
+                .evicts = decides,
+                .kernels = kernels_,
+                .workspace = &scratch_[thread].policy,
+                .wrapper_workspace = &scratch_[thread].wrapper};
+    }
+
+    Case shape_;
+    const simd::Kernels* kernels_;
+    Rows* rows_;
+    const float* q_;
+    float* out_;
+    P policy_;
+    std::vector<position_t> position_;
+    std::vector<detail::TileScratch> scratch_;
+    std::vector<std::vector<float>> score_;
+    std::vector<typename P::State> states_, before_;
+};
+
 /// One layer: its queries, its cache, and per thread the scratch that a KVCache would use.
 class Layer {
   public:
@@ -70,17 +162,37 @@ class Layer {
             kept_.resize(shape.kv_heads * entries);
             logits_.resize(shape.kv_heads * entries);
         }
+        const auto take = [&](auto policy) {
+            policy_ = std::make_unique<StepOf<decltype(policy)>>(shape, *kernels_, rows_, q_.data(),
+                                                                 out_.data(), policy);
+        };
+        using Kind = OBCache::Score;
+        if (shape.scores == Scores::obcache_value) take(OBCache{.kind = Kind::value});
+        if (shape.scores == Scores::obcache_key) take(OBCache{.kind = Kind::key});
+        if (shape.scores == Scores::obcache_joint) take(OBCache{.kind = Kind::joint});
+        if (shape.scores == Scores::obcache_lagged) take(OBCache{.kind = Kind::key, .lagged = true});
+        if (shape.scores == Scores::caote) take(Caote<>{});
+        if (shape.scores == Scores::fastcaote) take(Caote<>{.fast = true});
     }
 
     [[nodiscard]] std::span<const std::byte> memory() const { return rows_.memory(); }
 
     /// Time of one step.
     Time step(Scores scores) {
-        return team_->run([&](std::size_t thread) {
+        const bool by_policy = scores >= Scores::obcache_value;
+        const Time time = team_->run([&](std::size_t thread) {
             const std::size_t part = case_.kv_heads / team_->threads();
-            for (std::size_t head = thread * part; head < (thread + 1) * part; ++head)
-                case_.isa == "naive" ? naive_head(head, thread) : head_tiles(head, thread, scores);
+            for (std::size_t head = thread * part; head < (thread + 1) * part; ++head) {
+                if (by_policy)
+                    policy_->run(head, thread);
+                else if (case_.isa == "naive")
+                    naive_head(head, thread);
+                else
+                    head_tiles(head, thread, scores);
+            }
         });
+        if (by_policy) policy_->reset();
+        return time;
     }
 
   private:
@@ -128,6 +240,7 @@ class Layer {
     std::vector<Visible> visible_;
     std::size_t tile_;
     const simd::Kernels* kernels_ = nullptr;
+    std::unique_ptr<PolicyStep> policy_;
 };
 
 /// Each sample: the step, the step without scores, a read of the same memory, multiply-adds.
@@ -191,9 +304,13 @@ void add_attention() {
                         shape.q_heads = q_heads;
                         add(shape.name("decode"), shape, 0.7);
                     }
-                    for (const Scores scores : {Scores::none, Scores::sums, Scores::rows}) {
-                        shape.scores = scores;
-                        add(shape.name("decode") + "/scores:" + std::string(name_of(scores)), shape, 0.7);
+                    for (std::size_t scores = 0; scores < score_names.size(); ++scores) {
+                        shape.scores = static_cast<Scores>(scores);
+                        const bool by_policy = shape.scores >= Scores::obcache_value;
+                        // Portable kernels are too slow to measure everything on the longest cache.
+                        if (by_policy && isa == "scalar" && n > 16384) continue;
+                        add(shape.name("decode") + "/scores:" + score_names[scores], shape,
+                            by_policy ? 0.5 : 0.7);
                     }
                 }
             }

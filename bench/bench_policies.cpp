@@ -36,7 +36,6 @@ class Head {
         HeadStep begin = base(n - prompt_tile, n - prompt_tile, Phase::prompt);
         policy_.observe(state_, begin);
         run(Phase::prompt, prompt_tile, [&](const HeadStep& step) { policy_.observe(state_, step); });
-        fixed_.assign(n, 0);
     }
 
     void observe(benchmark::State& state) {
@@ -57,13 +56,7 @@ class Head {
         time_batches(state, [&] {
             policy_.score(state_, step, out_);
             if constexpr (Finishes<P>) policy_.finish(step, out_);
-            if constexpr (Selects<P>) {
-                selector.fix(candidates, {}, fixed_);
-                keep.clear();
-                policy_.select(state_, step, fixed_, candidates.size, keep);
-            } else {
-                selector.head(candidates, {}, keep);
-            }
+            selector.head(candidates, {}, keep);
             plan.clear();
             plan.add(0, 0, n_, keep, compaction);
             move_state(state_, plan[0].moves, keep.size());
@@ -85,7 +78,8 @@ class Head {
                            PositionsView(std::span<const position_t>(position_).first(rows))},
                 .scale = 0.088388F,
                 .kernels = &simd::kernels(),
-                .workspace = &scratch_.policy};
+                .workspace = &scratch_.policy,
+                .wrapper_workspace = &scratch_.wrapper};
     }
     /// What scoring gets.
     [[nodiscard]] HeadStep whole() {
@@ -124,7 +118,6 @@ class Head {
     Rows rows_;
     std::vector<float> q_, out_;
     std::vector<position_t> position_;
-    std::vector<std::uint8_t> fixed_;
     typename P::State state_{};
     detail::TileScratch scratch_;
 };

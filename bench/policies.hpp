@@ -14,6 +14,9 @@ void for_each_policy(const Visit& visit) {
     visit(H2O{});
     visit(Tova{});
     visit(Vatp{});
+    visit(OBCache{});
+    visit(Caote<>{});
+    visit(FastCaote<>{});
     visit(KeyDiff{});
     visit(KeyNorm{});
     visit(SnapKV{.decode_interval = 128});  // else it lets a decoding cache grow

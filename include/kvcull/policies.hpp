@@ -1,7 +1,9 @@
 #pragma once
 /// All methods, a line each.
 
+#include "policies/caote.hpp"
 #include "policies/h2o.hpp"
 #include "policies/keydiff.hpp"
+#include "policies/obcache.hpp"
 #include "policies/snapkv.hpp"
 #include "policies/streaming.hpp"

@@ -102,7 +102,8 @@ TEST_CASE("tiles cover the counted tokens once, with what was asked for and no m
         good = good && tile.q.size() == tile_rows * one.dim && tile.visible.size() == tile_rows;
         good = good && tile.attention.size() == (needs.attention ? tile_rows * n : 0);
         good = good && tile.logits.size() == (needs.logits ? tile_rows * n : 0);
-        good = good && tile.output.size() == (needs.output ? tile_rows * one.value_dim : 0);
+        const bool output = needs.output || (with_output && wanted != 0);  // what is made anyway
+        good = good && tile.output.size() == (output ? tile_rows * one.value_dim : 0);
         good = good && tile.lse.size() == (wanted != 0 ? tile_rows : 0);
         for (std::size_t r = 0; good && r < tile_rows; ++r) {
             const std::size_t row = r / step.tokens * count + step.first + r % step.tokens;
@@ -174,17 +175,17 @@ TEST_CASE("workers run every head once, with a scratch of its own where heads ru
 TEST_CASE("reserve takes the scratch of a decode step beforehand", "[property]") {
     const CacheShape shape{.layers = 1, .q_heads = 6, .kv_heads = 2, .head_dim = 8, .value_dim = 5};
     detail::Workers workers;
-    workers.reserve(shape, {.rows = 1, .logits = true}, 100, 33);
+    workers.reserve(shape, {.rows = 1, .logits = true}, 100, 33, 44);
     REQUIRE(workers.scratch.size() == 1);
     const auto holds = [](const detail::TileScratch& scratch, bool logits) {
         return scratch.q.bytes() >= 3 * 8 * 4 && scratch.attention.bytes() >= 3 * 100 * 4 &&
                (scratch.logits.bytes() >= 3 * 100 * 4) == logits && scratch.output.bytes() >= 3 * 5 * 4 &&
                scratch.lse.bytes() >= 3 * 4 && scratch.policy.bytes() >= 33 * 4 &&
-               scratch.visible.capacity() >= 3;
+               scratch.wrapper.bytes() >= 44 * 4 && scratch.visible.capacity() >= 3;
     };
     REQUIRE(holds(workers.scratch[0], true));
     workers.executor = threads();
-    workers.reserve(shape, {}, 100, 33);
+    workers.reserve(shape, {}, 100, 33, 44);
     REQUIRE(workers.scratch.size() == 2);
     REQUIRE(holds(workers.scratch[1], false));
 }

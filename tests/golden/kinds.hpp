@@ -22,6 +22,16 @@ void check_h2o(GoldenFile& file);
 void check_tova(GoldenFile& file);
 void check_streaming(GoldenFile& file);
 }  // namespace baselines
+namespace caote {
+void check_weights(GoldenFile& file);
+void check_scores(GoldenFile& file);
+void check_greedy(GoldenFile& file);
+void check_decode(GoldenFile& file);
+}  // namespace caote
+namespace obcache {
+void check_scores(GoldenFile& file);
+void check_decode(GoldenFile& file);
+}  // namespace obcache
 namespace snapkv {
 void check_evict(GoldenFile& file);
 void check_decode(GoldenFile& file);

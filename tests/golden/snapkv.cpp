@@ -6,7 +6,7 @@
 
 #include "kinds.hpp"
 #include "kvcull/policies.hpp"
-#include "support/engine.hpp"
+#include "streams.hpp"
 
 namespace kvcull::test::snapkv {
 namespace {
@@ -31,11 +31,6 @@ CacheShape read_shape(const Array<float>& q, const Array<float>& k, const Array<
         .layers = 1, .q_heads = q.dim(0), .kv_heads = k.dim(0), .head_dim = k.dim(2), .value_dim = v.dim(2)};
 }
 
-template <class T>
-void append(std::vector<T>& all, const std::vector<T>& one) {
-    all.insert(all.end(), one.begin(), one.end());
-}
-
 /// Feeds a prompt in calls that end at the given tokens. Nothing is evicted before `end_prompt`.
 template <class Cache>
 void feed_calls(Cache& cache, const Stream& stream, const std::vector<std::size_t>& ends) {
@@ -49,17 +44,10 @@ void feed_calls(Cache& cache, const Stream& stream, const std::vector<std::size_
 /// The votes of the window before they are pooled.
 template <class Cache>
 std::vector<float> votes_of(const Cache& cache, const SnapKV& policy, std::size_t head) {
-    Scratch<float> workspace;
     const HeadView held = cache.view(0, head);
-    const HeadStep step{.head = head,
-                        .group = cache.shape().group(),
-                        .next_position = cache.evictor().next_position(),
-                        .cached = held,
-                        .scale = cache.shape().logit_scale(),
-                        .kernels = &simd::kernels(),
-                        .workspace = &workspace};
     std::vector<float> votes(held.rows());
-    policy.votes(cache.evictor().state(0, head), step, votes);
+    with_head_step(cache, head,
+                   [&](const HeadStep& step) { policy.votes(cache.evictor().state(0, head), step, votes); });
     return sorted_by_position(held, votes);
 }
 

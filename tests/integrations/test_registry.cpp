@@ -18,19 +18,19 @@ template <class P>
 P found(std::string_view text) {
     P result{};
     bool right = false;
-    with_policy<Full, Streaming, Random, H2O, Tova, KeyDiff, KeyNorm, Vatp, SnapKV>(
-        text, [&](const auto& policy) {
-            if constexpr (std::is_same_v<std::remove_cvref_t<decltype(policy)>, P>) {
-                result = policy;
-                right = true;
-            }
-        });
+    with_policy<Full, Streaming, Random, H2O, Tova, KeyDiff, KeyNorm, Vatp, SnapKV, OBCache, Caote<>,
+                FastCaote<>>(text, [&](const auto& policy) {
+        if constexpr (std::is_same_v<std::remove_cvref_t<decltype(policy)>, P>) {
+            result = policy;
+            right = true;
+        }
+    });
     CHECK(right);
     return result;
 }
 std::string refusal(std::string_view text) {
     try {
-        with_policy<Full, H2O, Tova, SnapKV>(text, [](const auto& /*policy*/) { FAIL("accepted"); });
+        with_policy<Full, H2O, Tova, SnapKV, Caote<>>(text, [](const auto& /*policy*/) { FAIL("accepted"); });
     } catch (const error::config_error& error) {
         return error.what();
     }
@@ -75,10 +75,35 @@ TEST_CASE("every field of every policy can be set by name", "[contract]") {
     CHECK(found<Streaming>("streaming:sinks=8").sinks == 8);
     CHECK(found<Random>("random:seed=42").seed == 42);
     CHECK_FALSE(found<H2O>("h2o:by_queries=false").by_queries);
+    const OBCache obcache = found<OBCache>(
+        "obcache:score=joint,base=tova,recent=3,sinks=4,window=1,kernel=5,pool=avg,decode_evict=false,"
+        "norms=recomputed,lagged=true");
+    CHECK((obcache.kind == OBCache::Score::joint && obcache.base == OBCache::Base::tova));
+    CHECK((obcache.recent == 3 && obcache.sinks == 4 && obcache.window == 1 && obcache.kernel == 5));
+    CHECK((obcache.pool == Pool::avg && !obcache.decode_evict && obcache.lagged));
+    CHECK(obcache.norms == OBCache::Norms::recomputed);
+    CHECK_FALSE(found<OBCache>("obcache:score=value_l1").recent.has_value());
+}
+
+TEST_CASE("the parameters of a policy inside a policy are set by their own names", "[contract]") {
+    const Caote<> caote = found<Caote<>>("caote:base=h2o,fast=true,gqa=mean,order=greedy,recent=5,window=9");
+    CHECK((caote.base.base == PerHeadAttention::Rows::h2o && caote.base.recent == 5));
+    CHECK((caote.base.window == 9 && caote.fast && caote.gqa == Caote<>::Gqa::mean));
+    CHECK(caote.order == Caote<>::Order::greedy);
+    CHECK_FALSE(found<Caote<>>("caote:base=tova").gqa.has_value());
+    const FastCaote<> fast = found<FastCaote<>>("fastcaote:base=h2o,order=greedy");
+    CHECK((fast.fast && fast.base.base == PerHeadAttention::Rows::h2o));
+    CHECK(mentions(refusal("caote:bias=1"), {"bias", "fast", "gqa", "order", "base", "recent", "kernel"}));
+    CHECK(mentions(refusal("caote:base=h20"), {"h20", "tova, h2o, snapkv"}));
+    CHECK(mentions(refusal("caote:order=random"), {"random", "single, greedy"}));
+    with_policy<Caote<SnapKV>>("caote:fast=true,decode_interval=7", [](const auto& policy) {
+        CHECK(policy.fast);
+        CHECK(policy.base.decode_interval == 7);
+    });
 }
 
 TEST_CASE("what is not known is refused with a list of what is", "[contract]") {
-    CHECK(mentions(refusal("laq"), {"laq", "full, h2o, tova, snapkv"}));
+    CHECK(mentions(refusal("laq"), {"laq", "full, h2o, tova, snapkv, caote"}));
     CHECK(mentions(refusal(""), {"one of full"}));
     CHECK(mentions(refusal("snapkv:windw=3"), {"windw", "window", "decode_interval"}));
     CHECK(mentions(refusal("snapkv:pool=median"), {"median", "none, max, avg"}));

@@ -82,3 +82,74 @@ TEST_CASE("a policy without memory has a state without bytes", "[contract]") {
     move_state(state, {}, 10);
     CHECK(state_bytes(state) == 0);
 }
+
+namespace {
+
+/// Plane p of row j holds 10 p + j.
+struct Planes {
+    RowPlanes<float> mass;
+
+    [[nodiscard]] auto arrays() noexcept { return std::tie(mass); }
+
+    void number() {
+        for (std::size_t p = 0; p < mass.planes(); ++p)
+            for (std::size_t j = 0; j < mass[p].size(); ++j) mass[p][j] = static_cast<float>(10 * p + j);
+    }
+};
+
+}  // namespace
+
+TEST_CASE("there are no planes until they are set, and no rows in them to follow", "[contract]") {
+    Planes state;
+    resize_state(state, 5);
+    const std::array<Move, 1> moves{{{4, 0}}};
+    move_state(state, moves, 2);
+    CHECK(state.mass.planes() == 0);
+    CHECK(state.mass.values().empty());
+    CHECK(state_bytes(state) == 0);
+}
+
+TEST_CASE("planes start at zero, grow by zeros and are rows of their own", "[property]") {
+    Planes state;
+    state.mass.set_planes(3, 2);
+    REQUIRE(state.mass.planes() == 3);
+    CHECK((state.mass.values() == std::vector<float>(6)));
+    state.number();
+    resize_state(state, 4);
+    CHECK((state.mass.values() == std::vector<float>{0, 1, 0, 0, 10, 11, 0, 0, 20, 21, 0, 0}));
+    resize_state(state, 1);
+    resize_state(state, 2);
+    CHECK((state.mass.values() == std::vector<float>{0, 0, 10, 0, 20, 0}));
+    state.mass.set_planes(1, 3);  // begins anew
+    CHECK((state.mass.values() == std::vector<float>(3)));
+}
+
+TEST_CASE("every plane follows the moves of its rows", "[property]") {
+    Planes state;
+    state.mass.set_planes(2, 6);
+    state.number();
+    const std::array<Move, 3> moves{{{2, 0}, {4, 1}, {5, 2}}};
+    move_state(state, moves, 3);
+    CHECK((state.mass.values() == std::vector<float>{2, 4, 5, 12, 14, 15}));
+    const Planes copy = state;
+    state.number();
+    CHECK((copy.mass.values() == std::vector<float>{2, 4, 5, 12, 14, 15}));
+}
+
+TEST_CASE("planes that come after a reservation hold it, and give it back when they shrink", "[contract]") {
+    Planes state;
+    reserve_state(state, 100);
+    CHECK(state_bytes(state) == 0);
+    state.mass.set_planes(3, 4);
+    const std::size_t bytes = state_bytes(state);
+    CHECK(bytes >= 3 * 100 * sizeof(float));
+    const float* const before = state.mass[2].data();
+    resize_state(state, 100);
+    CHECK(state.mass[2].data() == before);
+    CHECK(state_bytes(state) == bytes);
+    resize_state(state, 5);
+    shrink_state(state);
+    CHECK(state_bytes(state) < bytes);
+    state.mass.set_planes(2, 1);  // the reservation is over
+    CHECK(state_bytes(state) < 2 * 100 * sizeof(float));
+}

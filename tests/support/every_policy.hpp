@@ -27,6 +27,11 @@ void for_every_policy(Visit&& visit) {
     visit(KeyNorm{.recent = 2});
     visit(Vatp{.sinks = 2, .window = 3});
     visit(SnapKV{.window = 4, .kernel = 3, .decode_interval = 3});
+    visit(OBCache{.recent = 3});
+    visit(OBCache{.kind = OBCache::Score::joint, .base = OBCache::Base::snapkv, .recent = 3, .lagged = true});
+    visit(Caote{});
+    visit(Caote<>{.base = {.base = PerHeadAttention::Rows::h2o}, .fast = true});
+    visit(Caote<H2O>{.base = {.recent = 2}});
 }
 
 /// Bits of the arrays of a policy's state, in the order in which it lists them.

@@ -55,6 +55,16 @@ std::vector<std::vector<position_t>> all_positions(const Cache& cache) {
     return all;
 }
 
+template <class T>
+bool has_rows(const RowArray<T>& array, std::size_t rows) {
+    return array.rows() == rows;
+}
+template <class T>
+bool has_rows(const RowPlanes<T>& array, std::size_t rows) {
+    for (std::size_t plane = 0; plane < array.planes(); ++plane)
+        if (array[plane].size() != rows) return false;
+    return true;
+}
 /// Every array of every state has as many rows as its head.
 template <class Cache>
 bool states_fit(const Cache& cache) {
@@ -63,7 +73,7 @@ bool states_fit(const Cache& cache) {
         for (std::size_t h = 0; h < cache.shape().kv_heads; ++h) {
             auto state = cache.evictor().state(layer, h);
             detail::for_each_array(
-                state, [&](const auto& array) { fit = fit && array.rows() == cache.view(layer, h).rows(); });
+                state, [&](const auto& array) { fit = fit && has_rows(array, cache.view(layer, h).rows()); });
         }
     return fit;
 }

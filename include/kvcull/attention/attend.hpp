@@ -81,6 +81,11 @@ void for_each_shared(std::span<const Visible> visible, Part part, std::size_t fi
     for_each_shared(visible, part, middle, last, end, all_end, visit);
 }
 
+/// Nobody takes part in the pass over the values.
+struct NoReader {
+    void operator()(const RowsView::Run& /*piece*/) const noexcept {}
+};
+
 inline void check_attend(const MatrixView<const float>& q, const RowsView& k, const RowsView& v,
                          std::span<const Visible> visible, const AttentionRows& want) {
     constexpr std::string_view where = "attend";
@@ -116,10 +121,13 @@ inline void check_attend(const MatrixView<const float>& q, const RowsView& k, co
 /// @param q        [R, d]. @param k [n, d], f32, f16 or bf16. @param v [n, d_v], read only if an output is
 /// wanted.
 /// @param visible  [R], `end` at most n. @param scale  factor of the logits, usually 1 / sqrt(d).
+/// @param reader   called with every piece of V right after it was read, while it is in cache; if all rows
+/// see the same entries, with each piece once, in order.
 /// @throws shape_error for sizes that do not fit; nothing is written then.
-inline void attend(const simd::Kernels& kernels, MatrixView<const float> q, const RowsView& k,
-                   const RowsView& v, std::span<const Visible> visible, float scale,
-                   const AttentionRows& want) {
+template <class Reader = detail::NoReader>
+void attend(const simd::Kernels& kernels, MatrixView<const float> q, const RowsView& k, const RowsView& v,
+            std::span<const Visible> visible, float scale, const AttentionRows& want,
+            const Reader& reader = {}) {
     detail::check_attend(q, k, v, visible, want);
     const std::size_t rows = q.rows, n = k.rows();
     const MatrixView<float>& attention = want.attention;
@@ -163,6 +171,7 @@ inline void attend(const simd::Kernels& kernels, MatrixView<const float> q, cons
         detail::for_each_piece(v, begin, end, [&](const RowsView::Run& piece, const std::byte* next) {
             detail::weighted_sum(kernels, attention[first].data() + piece.first, attention.stride,
                                  last - first, v, piece, output[first].data(), output.stride, next);
+            reader(piece);
         });
     };
     detail::for_each_shared(visible, detail::Part::head, 0, rows, 0, n, gather);

@@ -125,7 +125,8 @@ class Decision {
                 .cached = cached,
                 .scale = shape.logit_scale(),
                 .kernels = workers.kernels,
-                .workspace = &scratch.policy};
+                .workspace = &scratch.policy,
+                .wrapper_workspace = &scratch.wrapper};
     }
     /// The policy's scores of one head, or, with `queries` [q_heads, R, d], those of its look-ahead.
     void score(const Live<P>& live, std::size_t index, HeadStep step, const HeadsView<const float>& queries,
@@ -196,16 +197,29 @@ class Decision {
                      keeps_[i], compaction);
     }
 
+    /// Shows every head the rows that it is about to lose.
+    void forget(Live<P>& live, std::span<const HeadView> cached, const Plan& plan) {
+        if constexpr (Forgets<P>)
+            for (std::size_t i = 0; i < plan.size(); ++i) {
+                const HeadPlan head = plan[i];
+                const std::size_t index = head.layer * shape.kv_heads + head.head;
+                policy.forget(live.states[index],
+                              head_step(live, index, cached[head.head], workers.scratch[0]), head.keep);
+            }
+    }
+
     void reserve(std::size_t rows) {
         for (auto& keep : keeps_) keep.reserve(rows);
         for (auto& scores : scores_) scores.get(rows);
         selector_.reserve(rows * (scope() == Scope::head ? 1 : scores_.size()));
         candidates_.reserve(scores_.size());
         fixed_.reserve(rows);
-        std::size_t workspace = 0;
-        if constexpr (TakesWorkspace<P>)
-            workspace = policy.workspace(rows, shape.group(), std::max(shape.head_dim, shape.values()));
-        workers.reserve(shape, policy.needs(Phase::decode), rows, workspace);
+        const std::size_t dim = std::max(shape.head_dim, shape.values());
+        std::size_t workspace = 0, wrapper_workspace = 0;
+        if constexpr (TakesWorkspace<P>) workspace = policy.workspace(rows, shape.group(), dim);
+        if constexpr (TakesWrapperWorkspace<P>)
+            wrapper_workspace = policy.wrapper_workspace(rows, shape.group(), dim);
+        workers.reserve(shape, policy.needs(Phase::decode), rows, workspace, wrapper_workspace);
     }
     /// Gives all scratch back.
     void trim() {
@@ -236,7 +250,9 @@ class Decision {
     void select(const Live<P>& live, std::size_t index, std::size_t i, const HeadView& cached) {
         const Candidates& head = candidates_[i];
         if constexpr (Selects<P>) {
-            if (head.score.size() > head.size) {
+            bool itself = true;
+            if constexpr (requires { policy.selects(); }) itself = policy.selects();
+            if (itself && head.score.size() > head.size) {
                 selector_.fix(head, live.pinned, fixed_);
                 HeadStep step = head_step(live, index, cached, workers.scratch[0]);
                 step.protect = head.protect;

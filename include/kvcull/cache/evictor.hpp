@@ -213,21 +213,25 @@ class Evictor {
             detail::check_size(where, "position of the newest row", previous, live_.call_next - 1);
         if (!admitted) admit(layer, q.tokens);
 
+        if (live_.phase == Phase::decode) live_.since[layer] += q.tokens;
         const Needs needs = policy().needs(live_.phase);
+        const auto span = decision_.layer(layer);
+        const Moment moment = moment_after(q.tokens);
+        const bool evicts = !decides_late<P> && !decision_.pools_model() && !pauses(layer, moment) &&
+                            decision_.due_now(live_, span, moment);
         decision_.workers.for_each_head(shape().kv_heads, [&](std::size_t h, detail::TileScratch& scratch) {
             HeadStep head = decision_.head_step(live_, flat(layer, h), cached[h], scratch);
             head.added = q.tokens;
             head.next_position = previous + 1;
-            detail::for_each_tile(
-                head, q, h * shape().group(), true, out, needs, scratch,
-                [&](const HeadStep& tile) { policy().observe(live_.states[flat(layer, h)], tile); });
+            head.evicts = evicts;
+            detail::for_each_tile(head, q, h * shape().group(), true, out, needs, scratch,
+                                  detail::Observer<P>{policy(), live_.states[flat(layer, h)]});
         });
         live_.stepped[layer] = 1;
         live_.call_next = previous + 1;
-        if (live_.phase == Phase::decode) live_.since[layer] += q.tokens;
         plan_.clear();
-        if (!decides_late<P> && !decision_.pools_model())
-            decide(decision_.layer(layer), cached, moment_after(q.tokens));
+        if (!decides_late<P> && !decision_.pools_model()) decide(span, cached, moment);
+        decision_.forget(live_, cached, plan_);
         live_.commit(plan_);
         return plan_;
     }

@@ -16,7 +16,7 @@ namespace kvcull::inline KVCULL_ABI::detail {
 
 /// Scratch of one thread. Grows to the largest case and stays.
 struct TileScratch {
-    Scratch<float> q, attention, logits, output, lse, score, policy;
+    Scratch<float> q, attention, logits, output, lse, score, policy, wrapper;
     std::vector<Visible> visible;
 };
 
@@ -40,7 +40,8 @@ struct Workers {
         scratch.resize(std::max(scratch.size(), head + 1));
         return scratch[head];
     }
-    void reserve(const CacheShape& shape, const Needs& needs, std::size_t rows, std::size_t workspace);
+    void reserve(const CacheShape& shape, const Needs& needs, std::size_t rows, std::size_t workspace,
+                 std::size_t wrapper_workspace);
 };
 
 /// Query tokens per tile: about a MiB of attention, but enough rows to share every load of K and V.
@@ -49,9 +50,9 @@ struct Workers {
     return std::clamp<std::size_t>(floats / std::max<std::size_t>(group * n, 1), 4, 64);
 }
 
-/// Scratch for tiles over `rows` rows. `workspace`: floats that the policy takes for itself.
+/// Scratch for tiles over `rows` rows. The workspaces: floats that the policy takes for itself.
 inline void Workers::reserve(const CacheShape& shape, const Needs& needs, std::size_t rows,
-                             std::size_t workspace) {
+                             std::size_t workspace, std::size_t wrapper_workspace) {
     scratch.resize(std::max(scratch.size(), executor ? shape.kv_heads : std::size_t{1}));
     const std::size_t tile = shape.group() * tile_tokens(shape.group(), rows);
     for (TileScratch& one : scratch) {
@@ -61,9 +62,27 @@ inline void Workers::reserve(const CacheShape& shape, const Needs& needs, std::s
         one.output.get(tile * shape.values());
         one.lse.get(tile);
         one.policy.get(workspace);
+        one.wrapper.get(wrapper_workspace);
         one.visible.reserve(tile);
     }
 }
+
+/// What a policy sees of the tiles of one KV head.
+template <Policy P>
+struct Observer {
+    const P& policy;
+    typename P::State& state;
+
+    void operator()(const HeadStep& tile) const { policy.observe(state, tile); }
+    /// Whether the policy takes part in the pass over the values.
+    [[nodiscard]] bool reads_values(const HeadStep& tile) const {
+        if constexpr (ReadsValues<P>) return policy.reads_values(state, tile);
+        return false;
+    }
+    void read_values(const HeadStep& tile, const RowsView::Run& piece) const {
+        if constexpr (ReadsValues<P>) policy.read_values(state, tile, piece);
+    }
+};
 
 /// Runs the query tokens of one KV head over `base.cached` and calls `observe(step)` for every tile of the
 /// last `needs.rows` tokens, or once with an empty tile if there are none. Token i of c sees all cached rows
@@ -102,7 +121,18 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
                                .lse = {scratch.lse.get(rows), rows}};
             if (watched && needs.logits) want.logits = {scratch.logits.get(rows * n), rows, n};
             if (output) want.output = {scratch.output.get(rows * values), rows, values};
-            attend(*base.kernels, tile_q, base.cached.k, base.cached.v, scratch.visible, base.scale, want);
+            const auto run = [&](const auto&... reader) {
+                attend(*base.kernels, tile_q, base.cached.k, base.cached.v, scratch.visible, base.scale, want,
+                       reader...);
+            };
+            if constexpr (requires { observe.reads_values(step); }) {
+                if (c == 1 && output && observe.reads_values(step))
+                    run([&](const RowsView::Run& piece) { observe.read_values(step, piece); });
+                else
+                    run();
+            } else {
+                run();
+            }
             if (!out.empty())
                 for (std::size_t g = 0; g < group; ++g)
                     for (std::size_t i = 0; i < tokens; ++i) {
@@ -113,7 +143,7 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
                 step.lse = want.lse;
                 if (needs.attention) step.attention = want.attention;
                 step.logits = want.logits;
-                if (needs.output) step.output = want.output;
+                step.output = want.output;
             }
         }
         step.visible = scratch.visible;

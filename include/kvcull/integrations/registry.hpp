@@ -66,10 +66,11 @@ void set_field(P& policy, std::string_view key, std::string_view text) {
     std::string known;
     std::apply(
         [&](const auto&... field) {
-            [[maybe_unused]] const auto take = [&]<class T>(const Field<P, T>& one) {
+            [[maybe_unused]] const auto take = [&](const auto& one) {
                 append_name(known, one.name);
                 if (found || one.name != key) return;
-                policy.*one.member = parse_value<T>(P::name, key, text);
+                auto& parameter = one.of(policy);
+                parameter = parse_value<std::remove_reference_t<decltype(parameter)>>(P::name, key, text);
                 found = true;
             };
             (take(field), ...);

@@ -14,6 +14,7 @@ namespace kvcull::inline KVCULL_ABI {
 /// O(n) per score.
 struct H2O {
     static constexpr std::string_view name = "h2o";
+    static constexpr bool nonnegative = true;
     using State = ReceivedAttention;
 
     std::optional<std::size_t> recent = {};  // default: half the budget
@@ -56,6 +57,7 @@ static_assert(Policy<H2O> && Protects<H2O> && Ordered<H2O>);
 /// every KV head keeps the same tokens. Nothing is protected: the newest token competes too.
 struct Tova {
     static constexpr std::string_view name = "tova";
+    static constexpr bool nonnegative = true;
     using State = ReceivedAttention;
     enum class Share : std::uint8_t { layer, kv_head };
     friend constexpr auto names_of(Share /*any*/) noexcept {
@@ -103,6 +105,7 @@ static_assert(Policy<Tova> && Protects<Tova> && Scoped<Tova> && Ordered<Tova> &&
 /// State: 8 bytes per token and KV head. One pass over the values of new tokens.
 struct Vatp {
     static constexpr std::string_view name = "vatp";
+    static constexpr bool nonnegative = true;
     struct State {
         ReceivedAttention received;
         RowArray<float> value_norm;

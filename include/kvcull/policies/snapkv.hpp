@@ -116,6 +116,7 @@ void window_votes(const HeadStep& step, MatrixView<const float> q, const EndOf& 
 /// interval. State: the last `window` query rows of the group. Cost: O(G w n d) at an eviction, nothing else.
 struct SnapKV {
     static constexpr std::string_view name = "snapkv";
+    static constexpr bool nonnegative = true;
     struct State {
         QueryRing queries;
 

@@ -68,16 +68,19 @@ struct HeadStep {
     /// The tile: tokens `first .. first + tokens - 1` of the call.
     std::size_t first = 0, tokens = 0;
     bool first_tile = true, last_tile = true;
+    /// The layer evicts at the end of this call. Never known of policies that decide at the end of the step.
+    bool evicts = false;
     MatrixView<const float> q = {};          // [group * tokens, head_dim]
     MatrixView<const float> attention = {};  // [group * tokens, n]
     MatrixView<const float> logits = {};     // [group * tokens, n], 0 where invisible
-    MatrixView<const float> output = {};     // [group * tokens, value_dim]
+    MatrixView<const float> output = {};     // [group * tokens, value_dim]; also given if made anyway
     std::span<const float> lse = {};         // [group * tokens]
     std::span<const Visible> visible = {};   // [group * tokens]
 
     const simd::Kernels* kernels = nullptr;
-    /// Scratch of the calling thread, free for the policy during the call.
-    Scratch<float>* workspace = nullptr;
+    /// Scratch of the calling thread, free for the policy during the call; the second one for a policy that
+    /// wraps another, which takes the first.
+    Scratch<float>*workspace = nullptr, *wrapper_workspace = nullptr;
 
     [[nodiscard]] std::size_t n() const noexcept { return cached.rows(); }
 };
@@ -122,9 +125,31 @@ template <class P, class T>
 struct Field {
     std::string_view name;
     T P::*member;
+
+    [[nodiscard]] constexpr T& of(P& policy) const { return policy.*member; }
 };
 template <class P, class T>
 Field(const char*, T P::*) -> Field<P, T>;
+/// A parameter of a part of a policy.
+template <class P, class Part, class T>
+struct PartField {
+    std::string_view name;
+    Part P::*part;
+    T Part::*member;
+
+    [[nodiscard]] constexpr T& of(P& policy) const { return policy.*part.*member; }
+};
+template <class P, class Part, class T>
+PartField(std::string_view, Part P::*, T Part::*) -> PartField<P, Part, T>;
+/// The parameters of a policy inside a policy, as parameters of the outer one.
+template <class P, class Part>
+[[nodiscard]] constexpr auto fields_of(Part P::*part) {
+    return std::apply(
+        [part](const auto&... field) {
+            return std::tuple{PartField{field.name, part, field.member}...};
+        },
+        Part::fields());
+}
 
 /// One per sequence beside the per-head states: `end_step` is fed after all layers; evictions wait for it.
 template <class P>
@@ -176,6 +201,12 @@ template <class P>
 concept TakesWorkspace = requires(const P policy, std::size_t rows, std::size_t group, std::size_t dim) {
     { policy.workspace(rows, group, dim) } -> std::same_as<std::size_t>;
 };
+/// The same of `HeadStep::wrapper_workspace`.
+template <class P>
+concept TakesWrapperWorkspace = requires(const P policy, std::size_t rows, std::size_t group,
+                                         std::size_t dim) {
+    { policy.wrapper_workspace(rows, group, dim) } -> std::same_as<std::size_t>;
+};
 /// Looks at neighbours in the cache, so rows must stay ascending by position.
 template <class P>
 concept Ordered = requires(const P policy) {
@@ -192,18 +223,37 @@ concept SideInput = requires(const P policy, typename P::State state, const Head
     { P::side } -> std::convertible_to<Side>;
     policy.admit(state, inputs);
 };
-/// Chooses the set itself. `fixed[n]` marks rows that must stay; `keep` receives `count` ascending rows.
+/// Chooses the set itself, or does so if there is a `selects()` and that says so. `fixed[n]` marks rows that
+/// must stay; `keep` receives `count` ascending rows.
 template <class P>
 concept Selects = requires(const P policy, const typename P::State& state, const HeadStep& step,
                            std::span<const std::uint8_t> fixed, std::size_t count,
                            std::vector<index_t>& keep) {
     policy.select(state, step, fixed, count, keep);
 };
-/// Gives a non-negative distribution per query head, before any reduction: `out[group, n]`.
+/// Has scores that are never negative, so that they can stand for attention weights.
 template <class P>
-concept PerQueryHead = P::nonnegative &&
+concept NonNegative = P::nonnegative;
+/// Gives a non-negative score per query head, before any reduction: `out[group, n]`.
+template <class P>
+concept PerQueryHead = NonNegative<P> &&
     requires(const P policy, const typename P::State& state, const HeadStep& step, MatrixView<float> out) {
     policy.distribution(state, step, out);
+};
+/// Takes part in the pass over the values that the attention of one token makes: gets every piece of them
+/// once, in order, right after attention has read it, while it is still in cache; `observe` follows.
+template <class P>
+concept ReadsValues = requires(const P policy, typename P::State& state, const HeadStep& step,
+                               const RowsView::Run& piece) {
+    { policy.reads_values(state, step) } -> std::same_as<bool>;
+    policy.read_values(state, step, piece);
+};
+/// Is shown the rows of a head that leave at the end of a layer's call, while the cache still holds them:
+/// all but `keep`, ascending. Rows may leave unseen in other ways (`make_room`, `truncate`, ..).
+template <class P>
+concept Forgets = requires(const P policy, typename P::State& state, const HeadStep& step,
+                           std::span<const index_t> keep) {
+    policy.forget(state, step, keep);
 };
 /// Scores from query rows that are given later. `q[R, head_dim]` with `R = group * rows`, grouped like a
 /// tile.

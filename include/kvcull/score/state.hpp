@@ -2,6 +2,7 @@
 /// Per-row state of a policy. A state lists its arrays once, in `arrays()`; growth, compaction and byte
 /// counts derive from that list, so statistics cannot stay behind when rows move.
 
+#include <algorithm>
 #include <cstddef>
 #include <span>
 #include <tuple>
@@ -40,6 +41,55 @@ class RowArray {
   private:
     std::size_t width_ = 1;
     std::vector<T> values_;
+};
+
+/// A number for every cached row of one KV head in each of several planes, such as one per query head of the
+/// group; every plane is contiguous. None until `set_planes`.
+template <class T>
+class RowPlanes {
+  public:
+    [[nodiscard]] std::size_t planes() const noexcept { return planes_.size(); }
+    [[nodiscard]] std::span<T> operator[](std::size_t plane) noexcept { return planes_[plane].values(); }
+    [[nodiscard]] std::span<const T> operator[](std::size_t plane) const noexcept {
+        return planes_[plane].values();
+    }
+    /// `count` planes of `rows` zeros.
+    void set_planes(std::size_t count, std::size_t rows) {
+        planes_.assign(count, {});
+        reserve(reserved_);
+        resize(rows);
+    }
+    /// All values, plane after plane: a copy.
+    [[nodiscard]] std::vector<T> values() const {
+        std::vector<T> all;
+        for (const RowArray<T>& plane : planes_)
+            all.insert(all.end(), plane.values().begin(), plane.values().end());
+        return all;
+    }
+    [[nodiscard]] std::size_t bytes() const noexcept {
+        std::size_t bytes = 0;
+        for (const RowArray<T>& plane : planes_) bytes += plane.bytes();
+        return bytes;
+    }
+
+    void reserve(std::size_t rows) {
+        reserved_ = std::max(reserved_, rows);
+        for (RowArray<T>& plane : planes_) plane.reserve(rows);
+    }
+    void shrink() {
+        reserved_ = 0;
+        for (RowArray<T>& plane : planes_) plane.shrink();
+    }
+    void resize(std::size_t rows) {
+        for (RowArray<T>& plane : planes_) plane.resize(rows);
+    }
+    void apply(std::span<const Move> moves, std::size_t rows) noexcept {
+        for (RowArray<T>& plane : planes_) plane.apply(moves, rows);
+    }
+
+  private:
+    std::vector<RowArray<T>> planes_;
+    std::size_t reserved_ = 0;  // rows that planes to come must hold without growing
 };
 
 /// State of a policy that remembers nothing.

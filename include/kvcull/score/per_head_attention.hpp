@@ -1,0 +1,145 @@
+#pragma once
+/// Attention received, apart for every query head of a group.
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "received.hpp"
+#include "running_sum.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// Attention received from each query head's own rows: the base scores of CAOTE. As a policy of its own it
+/// ranks by their sum over the group. State: 4 bytes per token and query head.
+struct PerHeadAttention {
+    static constexpr std::string_view name = "per_head_attention";
+    static constexpr bool nonnegative = true;
+    enum class Rows : std::uint8_t { tova, h2o, snapkv };
+    friend constexpr auto names_of(Rows /*any*/) noexcept {
+        return std::array<std::string_view, 3>{"tova", "h2o", "snapkv"};
+    }
+    struct State {
+        RowPlanes<float> mass;  // [group]
+        RunningSum output;  // [group, value_dim]: the sum of mass * value, as counted rows' outputs give it
+
+        [[nodiscard]] auto arrays() noexcept { return std::tie(mass); }
+    };
+
+    Rows base = Rows::tova;                  // the last row; all rows; the last `window` of a prompt call
+    std::optional<std::size_t> recent = {};  // default: tova 0, h2o half the budget, snapkv `window`
+    std::size_t sinks = 0;
+    std::optional<std::size_t> window = {};  // prompt rows that count; default: h2o all (0), snapkv 32
+    std::optional<std::size_t> kernel = {};  // default: 1, snapkv 5
+    std::optional<Pool> pool = {};           // default: none, snapkv avg
+
+    static constexpr auto fields() {
+        using P = PerHeadAttention;
+        return std::tuple{Field{"base", &P::base},     Field{"recent", &P::recent}, Field{"sinks", &P::sinks},
+                          Field{"window", &P::window}, Field{"kernel", &P::kernel}, Field{"pool", &P::pool}};
+    }
+    void check(std::size_t budget) const {
+        using error::config_error;
+        constexpr std::string_view where = "PerHeadAttention";
+        detail::check_kernel(where, smoothing());
+        if (base != Rows::snapkv) return;
+        detail::check<config_error>(rows() > 0, where, "window", rows(), "at least 1");
+        const std::size_t newest = protect(budget).recent;
+        detail::check<config_error>(newest < budget, where, "recent", newest,
+                                    detail::text("below the budget ", budget));
+    }
+    [[nodiscard]] constexpr Protected protect(std::size_t budget) const {
+        const std::size_t usual = base == Rows::tova ? 0 : base == Rows::h2o ? budget / 2 : rows();
+        return {sinks, recent.value_or(usual)};
+    }
+    [[nodiscard]] constexpr bool ordered() const { return pools(); }
+    static constexpr std::size_t workspace(std::size_t rows, std::size_t /*group*/, std::size_t dim) {
+        return std::max(rows, dim);
+    }
+    [[nodiscard]] constexpr Needs needs(Phase phase) const { return accumulation().needs(phase); }
+
+    void observe(State& state, const HeadStep& step) const {
+        const std::size_t before = step.n() - step.added, dim = step.cached.v.dim();
+        if (state.mass.planes() == 0) {
+            state.mass.set_planes(step.group, step.n());
+            state.output.reset(step.group * dim);
+        }
+        if (step.tokens == 0) return;
+        if (step.first_tile) {
+            if (accumulation().replaces(step.phase)) {
+                for (std::size_t g = 0; g < step.group; ++g)
+                    std::fill(state.mass[g].begin(), state.mass[g].end(), 0.0F);
+                state.output.reset(step.group * dim);
+            } else if (state.output.rows != before) {
+                state.output.rows = RunningSum::stale;
+            }
+            if (state.output.rows != RunningSum::stale) state.output.rows = step.n();
+        }
+        if (step.output.empty() || pools()) state.output.rows = RunningSum::stale;
+        for (std::size_t r = 0; r < step.attention.rows; ++r) {
+            const std::size_t g = r / step.tokens;
+            step.kernels->add(state.mass[g].data(), step.attention[r].data(), step.visible[r].end);
+            if (state.output.rows == step.n() && is_finite(step.lse[r]))
+                state.output.add(g * dim, 1.0, step.output[r]);
+        }
+    }
+    void score(const State& state, const HeadStep& step, std::span<float> out) const {
+        std::fill(out.begin(), out.end(), 0.0F);
+        for (std::size_t g = 0; g < state.mass.planes(); ++g)
+            step.kernels->add(out.data(), state.mass[g].data(), out.size());
+        if (pools()) pool_candidates(smoother(), smoothing(), step, out);
+    }
+    void distribution(const State& state, const HeadStep& step, MatrixView<float> out) const {
+        for (std::size_t g = 0; g < out.rows; ++g) {
+            if (state.mass.planes() == 0) {  // nothing was observed yet
+                std::fill(out[g].begin(), out[g].end(), 0.0F);
+                continue;
+            }
+            std::copy(state.mass[g].begin(), state.mass[g].end(), out[g].begin());
+            if (pools()) pool_candidates(smoother(), smoothing(), step, out[g]);
+        }
+    }
+    /// out[group, value_dim] = sum of distribution * value, if that is known without reading the values.
+    [[nodiscard]] bool weighted_values(const State& state, const HeadStep& step,
+                                       MatrixView<float> out) const {
+        if (!state.output.knows(step.n())) return false;
+        for (std::size_t i = 0; i < state.output.sum.size(); ++i)
+            out[i / out.cols][i % out.cols] = static_cast<float>(state.output.sum[i]);
+        return true;
+    }
+    /// Rows that leave take their share of the outputs along. What is not known is summed over what stays.
+    void forget(State& state, const HeadStep& step, std::span<const index_t> keep) const {
+        if (pools() || base == Rows::tova) return;  // never known; forgotten anyway
+        const std::size_t dim = step.cached.v.dim();
+        const bool known = state.output.knows(step.n());
+        if (!known) state.output.reset(step.group * dim);
+        for_each_value(step, keep, !known, [&](std::size_t j, std::span<const float> value) {
+            for (std::size_t g = 0; g < step.group; ++g) {
+                const auto mass = static_cast<double>(state.mass[g][j]);
+                state.output.add(g * dim, known ? -mass : mass, value);
+            }
+        });
+        state.output.rows = keep.size();
+    }
+
+  private:
+    [[nodiscard]] constexpr std::size_t rows() const {
+        return window.value_or(base == Rows::snapkv ? 32 : 0);
+    }
+    [[nodiscard]] constexpr std::size_t smoothing() const {
+        return kernel.value_or(base == Rows::snapkv ? 5 : 1);
+    }
+    [[nodiscard]] constexpr Pool smoother() const {
+        return pool.value_or(base == Rows::snapkv ? Pool::avg : Pool::none);
+    }
+    [[nodiscard]] constexpr bool pools() const { return smoother() != Pool::none && smoothing() > 1; }
+    [[nodiscard]] constexpr Accumulation accumulation() const {
+        using Mode = Accumulation::Mode;
+        if (base == Rows::tova) return {Mode::replace};
+        return {rows() > 0 ? Mode::window : Mode::sum, rows()};
+    }
+};
+static_assert(Policy<PerHeadAttention> && PerQueryHead<PerHeadAttention> && Forgets<PerHeadAttention>);
+
+}  // namespace kvcull::inline KVCULL_ABI
