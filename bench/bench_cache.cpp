@@ -1,12 +1,15 @@
 /// cache/step/<policy>/heads:32x8/n:<budget>/slack:<rows>: one decode step of a layer of a KVCache that is at
-/// its budget: append, attention, what the policy does, evictions. Beside it, step by step, a cache of the
-/// same rows that never evicts; `over_attention` is what the policy adds as a share of that one's time.
+/// its budget: append, attention, what the policy does, evictions. Between append and attention, plain
+/// attention over the very rows that the step is about to read: the same number of them, in the same pages,
+/// as warm. `over_attention` is what the step takes beyond it, as a share of its time; that of `full`, which
+/// only appends, is part of all others.
 
 #include <string>
 #include <vector>
 
 #include "groups.hpp"
 #include "kvcull/cache/kv_cache.hpp"
+#include "kvcull/cache/tiles.hpp"
 #include "policies.hpp"
 #include "support/cases.hpp"
 #include "support/rows.hpp"
@@ -15,71 +18,107 @@ namespace kvcull::bench {
 namespace {
 
 constexpr CacheShape shape{.layers = 1, .q_heads = 32, .kv_heads = 8, .head_dim = 128};
-constexpr std::size_t budget = 4096, chunk = 64;
+constexpr std::size_t budget = 4096;
 
-struct Token {
-    std::vector<float> q = random_row(chunk * shape.q_heads * shape.head_dim, 3),
-                       k = random_row(chunk * shape.kv_heads * shape.head_dim, 4),
-                       v = random_row(chunk * shape.kv_heads * shape.head_dim, 5), out = q;
+/// What a model brings and takes in a call. Every call draws other rows: equal ones would tie, as hardly ever
+/// in a model.
+class Tokens {
+  public:
+    explicit Tokens(std::size_t count)
+        : count_(count), q_(count * queries), k_(count * keys), v_(k_), out_(q_) {}
+
+    void draw() {
+        for (std::vector<float>* rows : {&q_, &k_, &v_}) fill(*rows, ++drawn_);
+    }
+    [[nodiscard]] HeadsView<const float> q() const { return heads(q_, shape.q_heads); }
+    [[nodiscard]] HeadsView<const float> k() const { return heads(k_, shape.kv_heads); }
+    [[nodiscard]] HeadsView<const float> v() const { return heads(v_, shape.kv_heads); }
+    [[nodiscard]] HeadsView<float> out() {
+        return token_major(out_.data(), shape.q_heads, count_, shape.head_dim);
+    }
+
+  private:
+    static constexpr std::size_t queries = shape.q_heads * shape.head_dim,
+                                 keys = shape.kv_heads * shape.head_dim;
+
+    [[nodiscard]] HeadsView<const float> heads(const std::vector<float>& rows, std::size_t count) const {
+        return token_major(rows.data(), count, count_, shape.head_dim);
+    }
+
+    std::size_t count_;
+    std::vector<float> q_, k_, v_, out_;
+    std::uint64_t drawn_ = 0;
 };
 
 template <class P>
-void step(KVCache<P>& cache, Token& token, std::size_t tokens) {
-    cache.append(0, token_major<const float>(token.k.data(), shape.kv_heads, tokens, shape.head_dim),
-                 token_major<const float>(token.v.data(), shape.kv_heads, tokens, shape.head_dim));
-    cache.attend(0, token_major<const float>(token.q.data(), shape.q_heads, tokens, shape.head_dim),
-                 token_major<float>(token.out.data(), shape.q_heads, tokens, shape.head_dim));
-    cache.end_step();
-}
-template <class P>
-void prompt(KVCache<P>& cache, Token& token, std::size_t tokens) {
-    cache.reserve(tokens + chunk);
-    cache.begin_prompt(tokens);
-    for (std::size_t seen = 0; seen < tokens; seen += chunk)
-        step(cache, token, std::min(chunk, tokens - seen));
+void prompt(KVCache<P>& cache) {
+    constexpr std::size_t chunk = 64;
+    Tokens tokens(chunk);
+    cache.begin_prompt(budget);
+    for (std::size_t seen = 0; seen < budget; seen += chunk) {
+        tokens.draw();
+        cache.append(0, tokens.k(), tokens.v());
+        cache.attend(0, tokens.q(), tokens.out());
+        cache.end_step();
+    }
     cache.end_prompt();
 }
 
-/// A cache of the whole prompt, made once.
-const KVCache<Full>& full_prompt(Token& token) {
-    static const KVCache<Full> cache = [&] {
-        KVCache<Full> made(shape);
-        prompt(made, token, budget);
-        return made;
-    }();
-    return cache;
+/// What no step can do without: attention of its token over the rows that the cache holds.
+template <class P>
+void attend_plainly(const KVCache<P>& cache, Tokens& token, detail::TileScratch& scratch) {
+    for (std::size_t h = 0; h < shape.kv_heads; ++h)
+        detail::for_each_tile({.group = shape.group(),
+                               .cached = cache.view(0, h),
+                               .scale = shape.logit_scale(),
+                               .kernels = &simd::kernels()},
+                              token.q(), h * shape.group(), true, token.out(), {}, scratch,
+                              [](const HeadStep&) {});
 }
 
 template <class P>
 void run(benchmark::State& state, const P& policy, std::size_t slack) {
-    Token token;
+    constexpr bool evicts = !std::is_same_v<P, Full>;
     KVCache<P> cache(shape, policy, Budget{.tokens = budget, .slack = slack});
-    cache.reserve(budget + slack + chunk);
-    prompt(cache, token, budget);
-    KVCache<Full> full = full_prompt(token).fork();
-    full.reserve(budget + slack + chunk);
-    const std::size_t cycle = std::max<std::size_t>(slack + 1, 16);  // steps from one eviction to the next
-    for (std::size_t i = 0; i < cycle; ++i) step(cache, token, 1);
-    Series policy_steps, full_steps;
+    cache.reserve(budget + std::max<std::size_t>(slack + 1, 128));
+    prompt(cache);
+    Tokens token(1);
+    detail::TileScratch scratch;
+    // One step. @returns whether rows went.
+    const auto step = [&](Time& mine, Time& plain) {
+        const std::size_t before = cache.rows(0, 0);
+        token.draw();
+        const Stopwatch append;
+        cache.append(0, token.k(), token.v());
+        mine += append.elapsed();
+        const Stopwatch attention;
+        attend_plainly(cache, token, scratch);
+        plain += attention.elapsed();
+        const Stopwatch rest;
+        cache.attend(0, token.q(), token.out());
+        cache.end_step();
+        mine += rest.elapsed();
+        return cache.rows(0, 0) <= before;
+    };
+    // Steps from one eviction to the next, or several times that: a sample holds whole ones.
+    std::size_t cycle = 1;
+    for (Time mine, plain; evicts && !step(mine, plain);) {
+    }
+    for (Time mine, plain; evicts && !step(mine, plain);) ++cycle;
+    cycle = std::max<std::size_t>(cycle, 16);
+    Series policy_steps, plain_steps;
     Ratios share;
     for (auto _ : state) {
         Time mine, plain;
-        for (std::size_t i = 0; i < cycle; ++i) {
-            const Stopwatch watch;
-            step(cache, token, 1);
-            mine += watch.elapsed();
-            const Stopwatch full_watch;
-            step(full, token, 1);
-            plain += full_watch.elapsed();
-        }
-        full.truncate(cycle);  // both caches grow alike between two evictions
+        for (std::size_t i = 0; i < cycle; ++i) step(mine, plain);
+        if (!evicts) cache.truncate(cycle);
         const auto steps = static_cast<double>(cycle);
         policy_steps.add({mine.wall / steps, mine.busy / steps}, state);
-        full_steps.add({plain.wall / steps, plain.busy / steps});
+        plain_steps.add({plain.wall / steps, plain.busy / steps});
         share.add(mine.busy, plain.busy);
     }
     state.counters["over_attention"] = share.middle() - 1.0;
-    state.counters["attention_us"] = full_steps.best() * 1e6;
+    state.counters["attention_us"] = plain_steps.best() * 1e6;
     state.counters["spread"] = policy_steps.spread();
     state.counters["kv_bytes"] = static_cast<double>(cache.bytes());
 }
