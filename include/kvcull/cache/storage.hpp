@@ -75,6 +75,7 @@ class Storage {
           pool_(other.pool_),
           tables_(other.tables_),
           bytes_moved_(other.bytes_moved_) {
+        shares_ = other.shares_ = true;
         for (const Table& table : tables_) {
             for (std::byte* block : table.blocks) BlockPool::retain(block);
         }
@@ -85,7 +86,8 @@ class Storage {
           pool_(other.pool_),
           tables_(std::move(other.tables_)),
           spares_(std::move(other.spares_)),
-          bytes_moved_(other.bytes_moved_) {}
+          bytes_moved_(other.bytes_moved_),
+          shares_(other.shares_) {}
     Storage& operator=(const Storage&) = delete;  // say `a = Storage(b)`: the copy may throw
     Storage& operator=(Storage&& other) noexcept {
         Storage taken(std::move(other));
@@ -95,6 +97,7 @@ class Storage {
         tables_.swap(taken.tables_);
         spares_.swap(taken.spares_);
         std::swap(bytes_moved_, taken.bytes_moved_);
+        std::swap(shares_, taken.shares_);
         return *this;
     }
     ~Storage() {
@@ -124,7 +127,7 @@ class Storage {
         const Table& table = tables_[head];
         std::size_t count = layout_.blocks_for(table.rows + rows) - table.blocks.size();
         if (rewrite) {
-            for (const std::byte* block : table.blocks) count += BlockPool::use_count(block) > 1 ? 1 : 0;
+            count += shared_blocks(table);
         } else if (rows > 0 && table.rows % layout_.block_rows != 0) {
             count += BlockPool::use_count(table.blocks.back()) > 1 ? 1 : 0;
         }
@@ -135,11 +138,9 @@ class Storage {
     [[nodiscard]] std::size_t blocks_freed(std::size_t head, std::size_t rows,
                                            std::size_t after) const noexcept {
         const Table& table = tables_[head];
-        std::size_t shared = 0;
-        for (const std::byte* block : table.blocks) shared += BlockPool::use_count(block) > 1 ? 1 : 0;
         const std::size_t dropped =
             layout_.blocks_for(table.rows + rows) - layout_.blocks_for(std::min(after, table.rows + rows));
-        return dropped - std::min(dropped, shared);
+        return dropped - std::min(dropped, shared_blocks(table));
     }
     /// While on, blocks that lose their last row become spares instead of going back to the pool: what one
     /// layer evicts, the next one may use.
@@ -238,6 +239,7 @@ class Storage {
     /// @throws std::bad_alloc; nothing has changed then.
     void rewind(const Storage& past) {
         std::vector<Table> tables(past.tables_);
+        shares_ = past.shares_ = true;
         for (std::size_t head = 0; head < tables.size(); ++head)
             tables[head].blocks.reserve(tables_[head].blocks.capacity());
         for (const Table& table : tables) {
@@ -280,6 +282,13 @@ class Storage {
         return layout;
     }
 
+    /// Use counts lie a block apart, a cache line each: they are looked at only if there was ever a copy.
+    [[nodiscard]] std::size_t shared_blocks(const Table& table) const noexcept {
+        std::size_t count = 0;
+        if (shares_)
+            for (const std::byte* block : table.blocks) count += BlockPool::use_count(block) > 1 ? 1 : 0;
+        return count;
+    }
     [[nodiscard]] std::byte* take_spare() noexcept {
         KVCULL_ASSERT(!spares_.empty() && "reserve_spares(blocks_needed(..)) comes before a change");
         std::byte* block = spares_.back();
@@ -345,6 +354,7 @@ class Storage {
     std::vector<Table> tables_;
     std::vector<std::byte*> spares_;
     std::size_t bytes_moved_ = 0;
+    mutable bool shares_ = false;  // blocks may have other owners; a copy tells its original too
     bool keep_freed_ = false;
 };
 
