@@ -55,10 +55,12 @@ struct Random {
     static void observe(State& /*state*/, const HeadStep& /*step*/) {}
     void score(const State& /*state*/, const HeadStep& step, std::span<float> out) const {
         const std::uint64_t stream = SplitMix64{SplitMix64{seed}() ^ (step.layer << 20U) ^ step.head}();
-        for (std::size_t j = 0; j < out.size(); ++j) {
-            SplitMix64 draw{stream ^ static_cast<std::uint64_t>(step.cached.position[j])};
-            out[j] = static_cast<float>(draw.uniform());
-        }
+        step.cached.position.for_each_run([&](std::size_t first, std::span<const position_t> run) {
+            for (std::size_t j = 0; j < run.size(); ++j) {
+                SplitMix64 draw{stream ^ static_cast<std::uint64_t>(run[j])};
+                out[first + j] = static_cast<float>(draw.uniform());
+            }
+        });
     }
 };
 static_assert(Policy<Random>);
