@@ -1,4 +1,5 @@
-/// select/<what>/n:<rows>: from scores to rows, to moves, to moved rows. `naive`: sorting and copying all.
+/// select/<what>/n:<rows>: from scores to rows, to moves, to moved rows, 128 rows going or one (`gone:1`).
+/// `naive`: sorting and copying all.
 
 #include <numeric>
 #include <string>
@@ -16,17 +17,17 @@ namespace {
 
 constexpr std::size_t dim = 128, evicted = 128;
 
-/// Scores of one head and what it keeps: all rows but `evicted`.
+/// Scores of one head and what it keeps: all rows but `gone`.
 struct Head {
     std::vector<float> score;
     std::vector<position_t> position;
     Candidates candidates;
     std::vector<index_t> keep;
 
-    explicit Head(std::size_t n, std::uint64_t seed = 5)
+    explicit Head(std::size_t n, std::uint64_t seed = 5, std::size_t gone = evicted)
         : score(random_row(n, seed)),
           position(n),
-          candidates{score, PositionsView(std::span<const position_t>(position)), n - evicted, {4, n / 2}} {
+          candidates{score, PositionsView(std::span<const position_t>(position)), n - gone, {4, n / 2}} {
         std::iota(position.begin(), position.end(), position_t{0});
     }
     Head(const Head&) = delete;
@@ -57,6 +58,11 @@ void add_selection() {
     for (const std::size_t n : {std::size_t{4096}, std::size_t{65536}}) {
         add("top_k", n, [](benchmark::State& state, std::size_t rows) {
             Head head(rows);
+            Selector selector;
+            time_each(state, rows, [&] { selector.head(head.candidates, {}, head.keep); });
+        });
+        add("top_k/gone:1", n, [](benchmark::State& state, std::size_t rows) {
+            Head head(rows, 5, 1);
             Selector selector;
             time_each(state, rows, [&] { selector.head(head.candidates, {}, head.keep); });
         });

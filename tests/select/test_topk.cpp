@@ -111,6 +111,34 @@ TEST_CASE("selection agrees with a full sort, whatever the scores, order and pro
     }
 }
 
+TEST_CASE("selection agrees with a full sort where few of many paged rows go, as at every decoded token",
+          "[differential]") {
+    SplitMix64 random{4};
+    Selector selector;
+    constexpr std::size_t block_rows = 7;
+    for (int round = 0; round < 600; ++round) {
+        const std::size_t n = 100 + random() % 100;
+        Head head = random_head(n, random, true);
+        head.size = n - 1 - random() % 3;
+        head.protect = {random() % 9, round % 3 == 0 ? 0 : random() % n};
+        // Mostly without gaps; slots in no order but for the oldest rows and the newest, or at all.
+        if (round % 4 != 0) std::iota(head.position.begin(), head.position.end(), position_t{5});
+        if (round % 8 == 1) head.position.back() += 1;
+        const std::size_t first = round % 8 == 2 ? 0 : head.protect.sinks, last = n - (round % 8 < 4 ? 0 : 1);
+        for (std::size_t j = first + 1; round % 8 != 7 && j < last; ++j)
+            std::swap(head.position[j], head.position[first + random() % (j + 1 - first)]);
+        std::vector<const std::byte*> blocks;
+        for (std::size_t j = 0; j < n; j += block_rows)
+            blocks.push_back(reinterpret_cast<const std::byte*>(&head.position[j]));
+        Candidates paged = head.candidates();
+        paged.position = PositionsView(blocks.data(), 0, block_rows, n);
+        std::vector<index_t> got;
+        selector.head(paged, {}, got);
+        CAPTURE(round, n, head.size, head.protect.sinks, head.protect.recent);
+        REQUIRE((got == reference(head, {})));
+    }
+}
+
 TEST_CASE("of equal scores the later position stays, not the later slot", "[property]") {
     Selector selector;
     const Head head{.score = {1, 1, 1, 1}, .position = {7, 30, 5, 20}, .size = 2};

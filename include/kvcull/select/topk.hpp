@@ -5,6 +5,8 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -30,12 +32,14 @@ struct Candidates {
     Protected protect;
 };
 
-/// Order of scores as an unsigned number: NaN like -Inf, and -0 like +0.
+/// Order of scores as an unsigned number, 2^31 plus or minus the magnitude's bits: -0 is +0, and NaN like
+/// -Inf.
 [[nodiscard]] constexpr std::uint32_t score_order(const float& score) noexcept {
+    constexpr std::uint32_t zero = 0x80000000U, infinity = 0x7F800000U;
     const auto bits = std::bit_cast<std::uint32_t>(score);
-    if (is_nan(score)) return ~negative_infinity_bits;
-    if ((bits & 0x7FFFFFFFU) == 0) return 0x80000000U;
-    return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
+    const std::uint32_t magnitude = bits & ~zero;
+    const std::uint32_t order = (bits & zero) != 0 ? zero - magnitude : zero + magnitude;
+    return magnitude > infinity ? zero - infinity : order;
 }
 
 /// Selection with its scratch memory: no allocation once it has seen the largest case.
@@ -46,43 +50,56 @@ class Selector {
     /// many.
     std::size_t fix(const Candidates& head, std::span<const PositionRange> pinned,
                     std::vector<std::uint8_t>& fixed) {
-        const std::size_t n = head.score.size();
+        const std::size_t n = head.score.size(), room = std::min(head.size, n);
+        const std::size_t recent = std::min(head.protect.recent, room);
         fixed.assign(n, 0);
+        if (pinned.empty()) {
+            const std::size_t sinks = std::min(head.protect.sinks, room - recent);
+            if (recent + sinks == 0 || fix_as_guessed(head.position, sinks, recent, fixed))
+                return recent + sinks;
+        }
+        positions_.clear();
+        head.position.for_each_run([&](std::size_t, std::span<const position_t> run) {
+            positions_.insert(positions_.end(), run.begin(), run.end());
+        });
         std::size_t count = 0;
-        if (!pinned.empty())
-            for (std::size_t j = n; j-- > 0 && count < head.size;)
-                for (const PositionRange& range : pinned)
-                    if (fixed[j] == 0 && head.position[j] >= range.begin && head.position[j] < range.end) {
-                        fixed[j] = 1;
-                        ++count;
-                    }
-        if (n == 0 || (head.protect.recent == 0 && head.protect.sinks == 0)) return count;
-        positions_.resize(n);
-        for (std::size_t j = 0; j < n; ++j) positions_[j] = head.position[j];
+        for (std::size_t j = n; j-- > 0 && count < room;)
+            for (const PositionRange& range : pinned)
+                if (fixed[j] == 0 && positions_[j] >= range.begin && positions_[j] < range.end) {
+                    fixed[j] = 1;
+                    ++count;
+                }
         sorted_ = std::is_sorted(positions_.begin(), positions_.end());
-        count += fix_end(true, std::min(head.protect.recent, n), head.size - count, fixed);
-        count += fix_end(false, std::min(head.protect.sinks, n), head.size - count, fixed);
+        count += fix_end(true, recent, room - count, fixed);
+        count += fix_end(false, std::min(head.protect.sinks, n), room - count, fixed);
         return count;
     }
 
     /// The rows that one head keeps, ascending: `min(n, size)` of them. Higher score first; NaN counts as
     /// -Inf; of equal scores the later position stays.
     void head(const Candidates& head, std::span<const PositionRange> pinned, std::vector<index_t>& keep) {
-        const std::size_t n = head.score.size();
-        keep.clear();
-        if (n <= head.size) {
-            for (std::size_t j = 0; j < n; ++j) keep.push_back(static_cast<index_t>(j));
-            return;
+        const std::size_t n = head.score.size(), gone = n - std::min(n, head.size);
+        keep.resize(n);
+        if (gone == 0) return std::iota(keep.begin(), keep.end(), index_t{0});
+        fix(head, pinned, fixed_);
+        ranks_.resize(n);
+        std::uint32_t border = ~0U;  // the highest rank that goes; fixed rows lie above all others
+        for (std::size_t j = 0; j < n; ++j) {
+            ranks_[j] = score_order(head.score[j]) | (0U - std::uint32_t{fixed_[j]});
+            border = std::min(border, ranks_[j]);
         }
-        const std::size_t taken = fix(head, pinned, fixed_);
-        best_.clear();
-        for (std::size_t j = 0; j < n; ++j)
-            if (fixed_[j] == 0)
-                best_.push_back({score_order(head.score[j]), static_cast<index_t>(j), head.position[j], 0});
-        take_best(head.size - taken, HeadTie::lower);
-        for (const Row& row : best_) fixed_[static_cast<std::size_t>(row.slot)] = 1;
-        for (std::size_t j = 0; j < n; ++j)
-            if (fixed_[j] != 0) keep.push_back(static_cast<index_t>(j));
+        if (gone > 1) {
+            lowest_ = ranks_;
+            const auto last = lowest_.begin() + static_cast<std::ptrdiff_t>(gone - 1);
+            std::nth_element(lowest_.begin(), last, lowest_.end());
+            border = *last;
+        }
+        std::size_t kept = write_beyond(border, keep);
+        if (kept < n - gone) {
+            raise_latest(border, n - gone - kept, head.position);
+            kept = write_beyond(border, keep);
+        }
+        keep.resize(kept);
     }
 
     /// One ranking over the rows of all heads: `total` rows stay, protected ones first. Heads end ragged.
@@ -111,6 +128,8 @@ class Selector {
 
     void reserve(std::size_t rows) {
         fixed_.reserve(rows);
+        ranks_.reserve(rows);
+        lowest_.reserve(rows);
         positions_.reserve(rows);
         order_.reserve(rows);
         best_.reserve(rows);
@@ -123,6 +142,71 @@ class Selector {
         position_t position;
         std::uint32_t head;
     };
+
+    /// Positions from which on rows are the newest ones, and up to which they are the oldest ones.
+    struct Borders {
+        std::uint64_t newest, oldest;
+    };
+    /// How many rows are not the newest, and how many not the oldest.
+    struct Others {
+        std::uint64_t before = 0, after = 0;
+    };
+    /// Marks the rows of a run beyond either border. By the signs of differences: vector units of old compare
+    /// no 64-bit numbers.
+    static Others mark_beyond(Borders borders, std::span<const position_t> run, std::uint8_t* mark) noexcept {
+        std::uint64_t all_before = 0, all_after = 0;
+        for (std::size_t j = 0; j < run.size(); ++j) {
+            const auto own = static_cast<std::uint64_t>(run[j]);
+            const std::uint64_t before = (own - borders.newest) >> 63U, after = (borders.oldest - own) >> 63U;
+            mark[j] = static_cast<std::uint8_t>((before & after) ^ 1U);
+            all_before += before;
+            all_after += after;
+        }
+        return {all_before, all_after};
+    }
+    /// Tries borders that hold wherever the newest rows came without gaps and the oldest have not moved, and
+    /// marks what lies beyond them. @returns whether they were right.
+    static bool fix_as_guessed(const PositionsView& position, std::size_t sinks, std::size_t recent,
+                               std::vector<std::uint8_t>& fixed) {
+        const std::size_t n = position.size();
+        const auto at = [&](std::size_t slot) { return static_cast<std::uint64_t>(position[slot]); };
+        Borders borders{std::numeric_limits<position_t>::max(), ~std::uint64_t{0}};  // none is beyond these
+        if (recent > 0) borders.newest = at(n - 1) - (recent - 1);
+        if (sinks > 0) borders.oldest = at(sinks - 1);
+        Others others;
+        position.for_each_run([&](std::size_t first, std::span<const position_t> run) {
+            const Others here = mark_beyond(borders, run, &fixed[first]);
+            others.before += here.before;
+            others.after += here.after;
+        });
+        if (others.before == n - recent && others.after == n - sinks) return true;
+        std::fill(fixed.begin(), fixed.end(), std::uint8_t{0});
+        return false;
+    }
+
+    /// Writes the rows of a rank beyond `border`, ascending. @returns how many.
+    std::size_t write_beyond(std::uint32_t border, std::vector<index_t>& keep) const {
+        std::size_t kept = 0;
+        for (std::size_t j = 0; j < ranks_.size(); ++j) {
+            keep[kept] = static_cast<index_t>(j);
+            kept += ranks_[j] > border ? 1 : 0;
+        }
+        return kept;
+    }
+    /// Raises the `count` latest rows of rank `border` beyond it.
+    void raise_latest(std::uint32_t border, std::size_t count, const PositionsView& position) {
+        const auto for_each_equal = [&](const auto& visit) {
+            position.for_each_run([&](std::size_t first, std::span<const position_t> run) {
+                for (std::size_t j = 0; j < run.size(); ++j)
+                    if (ranks_[first + j] == border) visit(ranks_[first + j], run[j]);
+            });
+        };
+        order_.clear();
+        for_each_equal([&](std::uint32_t, position_t at) { order_.push_back(at); });
+        const auto first = order_.end() - static_cast<std::ptrdiff_t>(count);
+        std::nth_element(order_.begin(), first, order_.end());
+        for_each_equal([&](std::uint32_t& rank, position_t at) { rank += at >= *first ? 1 : 0; });
+    }
 
     /// Marks those of the `wanted` newest (or oldest) rows that are not marked yet: the newest (oldest)
     /// `room` of them. @returns how many.
@@ -164,6 +248,7 @@ class Selector {
     }
 
     std::vector<std::uint8_t> fixed_;
+    std::vector<std::uint32_t> ranks_, lowest_;
     std::vector<position_t> positions_, order_;  // of all rows, and of those that are being ranked
     bool sorted_ = false;                        // the slots' order is that of the positions
     std::vector<Row> best_;
