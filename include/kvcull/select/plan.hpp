@@ -2,6 +2,7 @@
 /// A plan: which rows of which heads stay, and the moves that make it so. It knows no storage: a cache, an
 /// engine's own buffers and the policy's state all follow the same plan.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <span>
@@ -17,23 +18,40 @@ namespace kvcull::inline KVCULL_ABI {
 enum class Compaction : std::uint8_t { ascending, fill };
 
 namespace detail {
+[[nodiscard]] inline bool ascending_below(std::size_t rows, std::span<const index_t> keep) noexcept {
+    if (keep.empty()) return true;
+    index_t descents = 0;  // no bool, so that the loop can be vectorised
+    for (std::size_t i = 1; i < keep.size(); ++i) descents |= keep[i - 1] >= keep[i] ? 1 : 0;
+    return descents == 0 && keep.front() >= 0 && static_cast<std::size_t>(keep.back()) < rows;
+}
 /// Appends the moves that turn `rows` rows into the kept ones, safe in place when done one after the other.
 inline void append_moves(Compaction compaction, std::span<const index_t> keep, std::vector<Move>& moves) {
     const auto count = static_cast<index_t>(keep.size());
+    // How many kept rows from `next` on lie in slots `to, to + 1, ..`: a stride at a time, as few rows go.
+    const auto skip = [&](std::size_t& next, index_t& to) {
+        constexpr std::size_t stride = 64;
+        while (next + stride <= keep.size() && keep[next + stride - 1] == to + index_t{stride - 1}) {
+            next += stride;
+            to += index_t{stride};
+        }
+    };
+    std::size_t next = 0;
+    index_t to = 0;
     if (compaction == Compaction::ascending) {
-        for (index_t to = 0; to < count; ++to)
+        skip(next, to);
+        for (; to < count; ++to)
             if (const index_t from = keep[static_cast<std::size_t>(to)]; from != to)
                 moves.push_back({from, to});
         return;
     }
-    std::size_t tail = 0;  // first kept row that lies beyond the new end
-    while (tail < keep.size() && keep[tail] < count) ++tail;
-    std::size_t next = 0;
-    for (index_t to = 0; to < count; ++to) {
-        if (next < keep.size() && keep[next] == to)
+    // Kept rows beyond the new end fill the gaps before it.
+    auto tail = std::lower_bound(keep.begin(), keep.end(), count);
+    for (; tail != keep.end(); ++to) {
+        skip(next, to);
+        if (keep[next] == to)
             ++next;
         else
-            moves.push_back({keep[tail++], to});
+            moves.push_back({*tail++, to});
     }
 }
 }  // namespace detail
@@ -66,12 +84,13 @@ class Plan {
     /// `keep` must be ascending and below `rows`: shape_error otherwise, nothing added.
     void add(std::size_t layer, std::size_t head, std::size_t rows, std::span<const index_t> keep,
              Compaction compaction) {
-        for (std::size_t i = 0; i < keep.size(); ++i) {
-            const bool good =
-                keep[i] >= 0 && static_cast<std::size_t>(keep[i]) < rows && (i == 0 || keep[i - 1] < keep[i]);
-            detail::check<error::shape_error>(good, "Plan::add", detail::text("keep[", i, "]"), keep[i],
-                                              detail::text("an ascending row below ", rows));
-        }
+        if (!detail::ascending_below(rows, keep)) [[unlikely]]
+            for (std::size_t i = 0; i < keep.size(); ++i) {
+                const bool good = keep[i] >= 0 && static_cast<std::size_t>(keep[i]) < rows &&
+                                  (i == 0 || keep[i - 1] < keep[i]);
+                detail::check<error::shape_error>(good, "Plan::add", detail::text("keep[", i, "]"), keep[i],
+                                                  detail::text("an ascending row below ", rows));
+            }
         if (keep.size() == rows) return;
         Entry entry{layer, head, rows, keep_.size(), keep.size(), moves_.size(), 0};
         keep_.insert(keep_.end(), keep.begin(), keep.end());
