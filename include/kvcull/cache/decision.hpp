@@ -36,7 +36,7 @@ class Decision {
         never = !decides_late<P> && std::find(falls_due.begin(), falls_due.end(), true) == falls_due.end();
         if (!never || budget.tokens > 0 || budget.ratio != 0.0) check_budget(budget);
         scores_.resize(pools_model() ? shape.heads() : shape.kv_heads);
-        keeps_.resize(scores_.size());
+        keeps_.resize(pools_model() || scope() == Scope::layer_pooled ? scores_.size() : 1);
     }
 
     const CacheShape shape;
@@ -181,20 +181,26 @@ class Decision {
                 for (std::size_t i = 0; i < count; ++i)
                     live.sizes[first + i] = candidates_[i].size = sizes[i];
             }
+        const auto add = [&](std::size_t i, std::span<const index_t> keep) {
+            plan.add((first + i) / shape.kv_heads, (first + i) % shape.kv_heads, live.rows[first + i], keep,
+                     compaction);
+        };
         switch (scope()) {
             case Scope::layer_pooled:
             case Scope::model_pooled:
                 rank_together(live);
+                for (std::size_t i = 0; i < count; ++i) add(i, keeps_[i]);
                 break;
             case Scope::layer_shared:
                 share(live, first, views[0]);
+                for (std::size_t i = 0; i < count; ++i) add(i, keeps_[0]);
                 break;
             case Scope::head:
-                for (std::size_t i = 0; i < count; ++i) select(live, first + i, i, views[i]);
+                for (std::size_t i = 0; i < count; ++i) {
+                    select(live, first + i, i, views[i]);
+                    add(i, keeps_[0]);
+                }
         }
-        for (std::size_t i = 0; i < count; ++i)
-            plan.add((first + i) / shape.kv_heads, (first + i) % shape.kv_heads, live.rows[first + i],
-                     keeps_[i], compaction);
     }
 
     /// Shows every head the rows that it is about to lose.
@@ -247,8 +253,10 @@ class Decision {
         return rows;
     }
 
+    /// What one head keeps, by itself; in keeps_[0].
     void select(const Live<P>& live, std::size_t index, std::size_t i, const HeadView& cached) {
         const Candidates& head = candidates_[i];
+        std::vector<index_t>& keep = keeps_[0];
         if constexpr (Selects<P>) {
             bool itself = true;
             if constexpr (requires { policy.selects(); }) itself = policy.selects();
@@ -256,16 +264,16 @@ class Decision {
                 selector_.fix(head, live.pinned, fixed_);
                 HeadStep step = head_step(live, index, cached, workers.scratch[0]);
                 step.protect = head.protect;
-                keeps_[i].clear();
-                policy.select(live.states[index], step, fixed_, head.size, keeps_[i]);
-                check<error::state_error>(keeps_[i].size() == head.size, P::name, "number of rows selected",
-                                          keeps_[i].size(), head.size);
+                keep.clear();
+                policy.select(live.states[index], step, fixed_, head.size, keep);
+                check<error::state_error>(keep.size() == head.size, P::name, "number of rows selected",
+                                          keep.size(), head.size);
                 return;
             }
         }
-        selector_.head(head, live.pinned, keeps_[i]);
+        selector_.head(head, live.pinned, keep);
     }
-    /// One keep list for all heads of the layer, by the mean of their scores.
+    /// One keep list for all heads of the layer, by the mean of their scores; in keeps_[0].
     void share(const Live<P>& live, std::size_t index, const HeadView& cached) {
         const std::size_t n = candidates_[0].score.size();
         float* const mean = scores_[0].data();
@@ -281,7 +289,6 @@ class Decision {
             policy.finish(step, {mean, n});
         }
         selector_.head(candidates_[0], live.pinned, keeps_[0]);
-        for (std::size_t i = 1; i < candidates_.size(); ++i) keeps_[i] = keeps_[0];
     }
     void rank_together(const Live<P>& live) {
         std::size_t total = 0, held = 0;
@@ -296,7 +303,7 @@ class Decision {
 
     Selector selector_;
     std::vector<Scratch<float>> scores_;
-    std::vector<std::vector<index_t>> keeps_;
+    std::vector<std::vector<index_t>> keeps_;  // of heads that are ranked together, else of one after another
     std::vector<Candidates> candidates_;
     std::vector<std::uint8_t> fixed_;
 };
