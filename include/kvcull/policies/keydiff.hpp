@@ -8,11 +8,26 @@
 
 namespace kvcull::inline KVCULL_ABI {
 
+/// |k| of every row. RoPE does not change it, so it is taken once, when the token enters. 4 bytes per token
+/// and KV head.
+struct KeyNorms {
+    RowArray<float> norm;
+
+    [[nodiscard]] auto arrays() noexcept { return std::tie(norm); }
+
+    void observe(const HeadStep& step) {
+        if (step.phase == Phase::probe || !step.first_tile) return;
+        for_each_row(
+            step.cached.k, step.n() - step.added, *step.workspace,
+            [&](std::size_t j, std::span<const float> row) { norm[j] = euclidean_norm(*step.kernels, row); });
+    }
+};
+
 /// KeyDiff (arXiv 2504.15364): keys unlike the others stay. score = -cos(k_j, mean of unit keys), recomputed
-/// at every eviction: O(n d), no state.
+/// at every eviction: O(n d), two passes over the keys. State: 4 bytes per token and KV head.
 struct KeyDiff {
     static constexpr std::string_view name = "keydiff";
-    using State = NoState;
+    using State = KeyNorms;
 
     std::size_t sinks = 0, recent = 0;
 
@@ -22,25 +37,20 @@ struct KeyDiff {
     static constexpr Needs needs(Phase /*phase*/) { return {}; }
     [[nodiscard]] constexpr Protected protect(std::size_t /*budget*/) const { return {sinks, recent}; }
     static constexpr std::size_t workspace(std::size_t rows, std::size_t /*group*/, std::size_t dim) {
-        return rows + 2 * dim;
+        return rows + dim;
     }
-    static void observe(State& /*state*/, const HeadStep& /*step*/) {}
-    static void score(const State& /*state*/, const HeadStep& step, std::span<float> out) {
-        cosine_to_mean(*step.kernels, step.cached.k, out, *step.workspace);
+    static void observe(State& state, const HeadStep& step) { state.observe(step); }
+    static void score(const State& state, const HeadStep& step, std::span<float> out) {
+        cosine_to_mean(*step.kernels, step.cached.k, state.norm.values(), out, *step.workspace);
         for (float& x : out) x = -x;
     }
 };
 static_assert(Policy<KeyDiff> && Protects<KeyDiff>);
 
-/// Key norm (arXiv 2406.11430): keys of low norm stay. RoPE does not change a norm, so it is taken once, when
-/// the token enters. State: 4 bytes per token and KV head.
+/// Key norm (arXiv 2406.11430): keys of low norm stay. State: 4 bytes per token and KV head.
 struct KeyNorm {
     static constexpr std::string_view name = "keynorm";
-    struct State {
-        RowArray<float> norm;
-
-        [[nodiscard]] auto arrays() noexcept { return std::tie(norm); }
-    };
+    using State = KeyNorms;
 
     std::size_t sinks = 0, recent = 0;
     std::size_t skip_layers = 0;  // the first layers that never evict
@@ -60,13 +70,7 @@ struct KeyNorm {
         return moment.layer >= skip_layers && moment.rows > prune_after && moment.rows > moment.budget &&
                moment.rows - moment.budget > moment.slack;
     }
-    static void observe(State& state, const HeadStep& step) {
-        if (step.phase == Phase::probe || !step.first_tile) return;
-        for_each_row(step.cached.k, step.n() - step.added, *step.workspace,
-                     [&](std::size_t j, std::span<const float> row) {
-                         state.norm[j] = euclidean_norm(*step.kernels, row);
-                     });
-    }
+    static void observe(State& state, const HeadStep& step) { state.observe(step); }
     static void score(const State& state, const HeadStep& /*step*/, std::span<float> out) {
         for (std::size_t j = 0; j < out.size(); ++j) out[j] = -state.norm[j];
     }

@@ -40,29 +40,25 @@ void for_each_row(const RowsView& rows, std::size_t first, Scratch<float>& works
 }
 
 /// Cosine of every row with the mean of all unit rows; out[n]. A zero row has cosine 0.
-/// Cost: three passes over the rows, O(n d). Memory: n + 2 d floats of `workspace`.
-inline void cosine_to_mean(const simd::Kernels& kernels, const RowsView& rows, std::span<float> out,
-                           Scratch<float>& workspace) {
+/// @param norm  [n], euclidean_norm of each row. Cost: two passes over the rows, O(n d). Memory: n + d floats
+/// of `workspace`.
+inline void cosine_to_mean(const simd::Kernels& kernels, const RowsView& rows, std::span<const float> norm,
+                           std::span<float> out, Scratch<float>& workspace) {
     constexpr float tiny = 1e-12F;
     const std::size_t n = rows.rows(), dim = rows.dim();
     if (n == 0) return;
-    float* const weight = workspace.get(n + 2 * dim);
+    float* const weight = workspace.get(n + dim);
     float* const anchor = weight + n;
-    const std::span<float> wide(anchor + dim, dim);
-    for (std::size_t j = 0; j < n; ++j) {
-        rows.widen(j, wide);
-        out[j] = std::max(euclidean_norm(kernels, wide), tiny);
-        weight[j] = 1.0F / (out[j] * static_cast<float>(n));
-    }
+    for (std::size_t j = 0; j < n; ++j) weight[j] = 1.0F / (std::max(norm[j], tiny) * static_cast<float>(n));
     std::fill(anchor, anchor + dim, 0.0F);
-    rows.for_each_run(0, n, [&](const RowsView::Run& run) {
-        detail::weighted_sum(kernels, weight + run.first, n, 1, rows, run, anchor, dim);
+    detail::for_each_piece(rows, 0, n, [&](const RowsView::Run& piece, const std::byte* next) {
+        detail::weighted_sum(kernels, weight + piece.first, n, 1, rows, piece, anchor, dim, next);
     });
     const float length = std::max(euclidean_norm(kernels, {anchor, dim}), tiny);
-    rows.for_each_run(0, n, [&](const RowsView::Run& run) {
-        detail::dots(kernels, anchor, dim, 1, rows, run, 1.0F / length, weight + run.first, n);
+    detail::for_each_piece(rows, 0, n, [&](const RowsView::Run& piece, const std::byte* next) {
+        detail::dots(kernels, anchor, dim, 1, rows, piece, 1.0F / length, weight + piece.first, n, next);
     });
-    for (std::size_t j = 0; j < n; ++j) out[j] = weight[j] / out[j];
+    for (std::size_t j = 0; j < n; ++j) out[j] = weight[j] / std::max(norm[j], tiny);
 }
 
 }  // namespace kvcull::inline KVCULL_ABI
