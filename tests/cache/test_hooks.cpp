@@ -5,6 +5,7 @@
 #include <span>
 #include <string_view>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kvcull/cache/evictor.hpp"
@@ -36,6 +37,8 @@ struct Log {
         std::vector<float> values;
     };
     std::vector<Reading> readings;
+    std::vector<float> keys;     // of the pass over K that runs now
+    std::size_t key_passes = 0;  // complete ones since the last pass over V began
     std::vector<Forgotten> forgotten;
     std::vector<bool> evicts;  // of every first tile
     std::size_t asked = 0;
@@ -66,8 +69,25 @@ struct Hooked {
         CHECK(step.added == 1);
         return reads;
     }
+    [[nodiscard]] bool reads_keys(State& /*state*/, const HeadStep& step) const {
+        CHECK(step.added == 1);
+        return reads;
+    }
+    void read_keys(State& /*state*/, const HeadStep& step, const RowsView::Run& piece) const {
+        if (piece.first == 0) log->keys.clear();
+        const auto* row = reinterpret_cast<const float*>(piece.data);
+        CHECK(log->keys.size() == piece.first * step.cached.k.dim());
+        for (std::size_t j = 0; j < piece.rows; ++j, row += step.cached.k.stride())
+            log->keys.insert(log->keys.end(), row, row + step.cached.k.dim());
+        if (piece.first + piece.rows < step.n()) return;
+        CHECK(same_bits(log->keys, widened(step.cached.k)));
+        ++log->key_passes;
+    }
     void read_values(State& /*state*/, const HeadStep& step, const RowsView::Run& piece) const {
-        if (piece.first == 0) log->readings.push_back({step.layer, step.head});
+        if (piece.first == 0) {
+            log->readings.push_back({step.layer, step.head});
+            CHECK(std::exchange(log->key_passes, 0) == 1);
+        }
         Log::Reading& now = log->readings.back();
         ++now.pieces;
         CHECK(piece.first == now.rows);
@@ -99,7 +119,7 @@ struct Hooked {
             {step.layer, step.head, {keep.begin(), keep.end()}, positions, widened(step.cached.v)});
     }
 };
-static_assert(Policy<Hooked> && ReadsValues<Hooked> && Forgets<Hooked>);
+static_assert(Policy<Hooked> && ReadsKeys<Hooked> && ReadsValues<Hooked> && Forgets<Hooked>);
 
 /// An engine: `count` tokens through all layers, with or without outputs of ours. `visit(plan)` sees every
 /// layer's plan before it is carried out.
@@ -128,7 +148,8 @@ struct Engine {
 
 }  // namespace
 
-TEST_CASE("who reads along gets every row of V once, in order, in each call of one token", "[contract]") {
+TEST_CASE("who reads along gets every row of K and then of V once, in order, in each call of one token",
+          "[contract]") {
     const Stream stream(wide, tokens, 1);
     Log log;
     const auto check = [&](const auto& call) {

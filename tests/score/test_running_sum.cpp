@@ -57,11 +57,13 @@ TEST_CASE("the values of rows that go, or of those that stay, are visited in ord
     step.workspace = &workspace;
     const auto visited = [&](const std::vector<index_t>& keep, bool kept) {
         std::vector<std::size_t> rows;
-        for_each_value(step, keep, kept, [&](std::size_t j, std::span<const float> value) {
-            rows.push_back(j);
-            REQUIRE(value.size() == dim);
-            for (std::size_t c = 0; c < dim; ++c) CHECK(same_bits(value[c], to_float(half[j * dim + c])));
-        });
+        for_each_row_of(step.cached.v, *step.workspace, keep, kept,
+                        [&](std::size_t j, std::span<const float> value) {
+                            rows.push_back(j);
+                            REQUIRE(value.size() == dim);
+                            for (std::size_t c = 0; c < dim; ++c)
+                                CHECK(same_bits(value[c], to_float(half[j * dim + c])));
+                        });
         return rows;
     };
     using List = std::vector<std::size_t>;

@@ -12,11 +12,11 @@ using namespace kvcull::test;
 
 namespace {
 
-std::vector<float> norms(const simd::Kernels& kernels, const RowsView& rows) {
+std::vector<float> inverses(const simd::Kernels& kernels, const RowsView& rows) {
     std::vector<float> norm(rows.rows());
     Scratch<float> workspace;
     for_each_row(rows, 0, workspace,
-                 [&](std::size_t j, std::span<const float> row) { norm[j] = euclidean_norm(kernels, row); });
+                 [&](std::size_t j, std::span<const float> row) { norm[j] = inverse_norm(kernels, row); });
     return norm;
 }
 
@@ -76,9 +76,9 @@ TEST_CASE("cosines with the mean of unit rows agree with doubles on every instru
         Scratch<float> workspace;
         const simd::Kernels& kernels = simd::kernels_for(isa);
         const RowsView one_run(rows.data(), count, dim, dim);
-        const std::vector<float> lengths = norms(kernels, one_run);
-        cosine_to_mean(kernels, one_run, lengths, got, workspace);
-        cosine_to_mean(kernels, {blocks.data(), 0, DType::f32, block_rows, count, dim, dim}, lengths, paged,
+        const std::vector<float> inverse = inverses(kernels, one_run);
+        cosine_to_mean(kernels, one_run, inverse, got, workspace);
+        cosine_to_mean(kernels, {blocks.data(), 0, DType::f32, block_rows, count, dim, dim}, inverse, paged,
                        workspace);
         CHECK(same_bits(got, paged));
         for (std::size_t j = 0; j < count; ++j) {
@@ -94,7 +94,7 @@ TEST_CASE("a zero row has cosine 0, and no row at all is legal", "[property]") {
     std::fill_n(rows.begin() + 16, 8, 0.0F);
     Scratch<float> workspace;
     const RowsView view(rows.data(), 5, 8, 8);
-    cosine_to_mean(simd::kernels(), view, norms(simd::kernels(), view), got, workspace);
+    cosine_to_mean(simd::kernels(), view, inverses(simd::kernels(), view), got, workspace);
     CHECK(same_bits(got[2], 0.0F));
     CHECK(std::abs(got[1]) > 0.0F);
     cosine_to_mean(simd::kernels(), {rows.data(), 0, 8, 8}, {}, {}, workspace);

@@ -81,9 +81,10 @@ void for_each_shared(std::span<const Visible> visible, Part part, std::size_t fi
     for_each_shared(visible, part, middle, last, end, all_end, visit);
 }
 
-/// Nobody takes part in the pass over the values.
+/// Nobody takes part in the passes over keys and values.
 struct NoReader {
-    void operator()(const RowsView::Run& /*piece*/) const noexcept {}
+    static void keys(const RowsView::Run& /*piece*/) noexcept {}
+    static void values(const RowsView::Run& /*piece*/) noexcept {}
 };
 
 inline void check_attend(const MatrixView<const float>& q, const RowsView& k, const RowsView& v,
@@ -121,8 +122,8 @@ inline void check_attend(const MatrixView<const float>& q, const RowsView& k, co
 /// @param q        [R, d]. @param k [n, d], f32, f16 or bf16. @param v [n, d_v], read only if an output is
 /// wanted.
 /// @param visible  [R], `end` at most n. @param scale  factor of the logits, usually 1 / sqrt(d).
-/// @param reader   called with every piece of V right after it was read, while it is in cache; if all rows
-/// see the same entries, with each piece once, in order.
+/// @param reader   gets every piece of K and V right after it was read, while it is in cache; if all rows see
+/// the same entries, each piece once, in order.
 /// @throws shape_error for sizes that do not fit; nothing is written then.
 template <class Reader = detail::NoReader>
 void attend(const simd::Kernels& kernels, MatrixView<const float> q, const RowsView& k, const RowsView& v,
@@ -136,6 +137,7 @@ void attend(const simd::Kernels& kernels, MatrixView<const float> q, const RowsV
         detail::for_each_piece(k, begin, end, [&](const RowsView::Run& piece, const std::byte* next) {
             detail::dots(kernels, q[first].data(), q.stride, last - first, k, piece, scale,
                          attention[first].data() + piece.first, attention.stride, next);
+            reader.keys(piece);
         });
     };
     detail::for_each_shared(visible, detail::Part::head, 0, rows, 0, n, score);
@@ -171,7 +173,7 @@ void attend(const simd::Kernels& kernels, MatrixView<const float> q, const RowsV
         detail::for_each_piece(v, begin, end, [&](const RowsView::Run& piece, const std::byte* next) {
             detail::weighted_sum(kernels, attention[first].data() + piece.first, attention.stride,
                                  last - first, v, piece, output[first].data(), output.stride, next);
-            reader(piece);
+            reader.values(piece);
         });
     };
     detail::for_each_shared(visible, detail::Part::head, 0, rows, 0, n, gather);

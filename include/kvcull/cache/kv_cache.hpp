@@ -93,7 +93,8 @@ class KVCache {
     /// Bytes of rows that compaction has moved so far.
     [[nodiscard]] std::size_t bytes_moved() const noexcept { return storage_.bytes_moved(); }
 
-    /// Takes the blocks and scratch for `rows` rows per head now: until then no step allocates or fails.
+    /// Takes the blocks and scratch for `rows` rows per head now: until then no step allocates or fails, but
+    /// for memory of a fixed size that some states take when they see their first token.
     /// @throws capacity_error if the pool cannot give them.
     void reserve(std::size_t rows) {
         const std::size_t blocks = shape().heads() * storage_.layout().blocks_for(rows);

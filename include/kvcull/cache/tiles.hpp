@@ -74,14 +74,30 @@ struct Observer {
     typename P::State& state;
 
     void operator()(const HeadStep& tile) const { policy.observe(state, tile); }
-    /// Whether the policy takes part in the pass over the values.
-    [[nodiscard]] bool reads_values(const HeadStep& tile) const {
-        if constexpr (ReadsValues<P>) return policy.reads_values(state, tile);
-        return false;
+    /// Calls `run(reader)` with what the policy reads along with attention, if it does.
+    template <class Run>
+    void read_along(const HeadStep& tile, const Run& run) const {
+        Reader reader{policy, state, tile};
+        if constexpr (ReadsKeys<P>) reader.reads_keys = policy.reads_keys(state, tile);
+        if constexpr (ReadsValues<P>) reader.reads_values = policy.reads_values(state, tile);
+        reader.reads_keys || reader.reads_values ? run(reader) : run(NoReader{});
     }
-    void read_values(const HeadStep& tile, const RowsView::Run& piece) const {
-        if constexpr (ReadsValues<P>) policy.read_values(state, tile, piece);
-    }
+
+    struct Reader {
+        const P& policy;
+        typename P::State& state;
+        const HeadStep& tile;
+        bool reads_keys = false, reads_values = false;
+
+        void keys(const RowsView::Run& piece) const {
+            if constexpr (ReadsKeys<P>)
+                if (reads_keys) policy.read_keys(state, tile, piece);
+        }
+        void values(const RowsView::Run& piece) const {
+            if constexpr (ReadsValues<P>)
+                if (reads_values) policy.read_values(state, tile, piece);
+        }
+    };
 };
 
 /// Runs the query tokens of one KV head over `base.cached` and calls `observe(step)` for every tile of the
@@ -121,17 +137,14 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
                                .lse = {scratch.lse.get(rows), rows}};
             if (watched && needs.logits) want.logits = {scratch.logits.get(rows * n), rows, n};
             if (output) want.output = {scratch.output.get(rows * values), rows, values};
-            const auto run = [&](const auto&... reader) {
+            const auto run = [&](const auto& reader) {
                 attend(*base.kernels, tile_q, base.cached.k, base.cached.v, scratch.visible, base.scale, want,
-                       reader...);
+                       reader);
             };
-            if constexpr (requires { observe.reads_values(step); }) {
-                if (c == 1 && output && observe.reads_values(step))
-                    run([&](const RowsView::Run& piece) { observe.read_values(step, piece); });
-                else
-                    run();
+            if constexpr (requires { observe.read_along(step, run); }) {
+                c == 1 && output ? observe.read_along(step, run) : run(NoReader{});
             } else {
-                run();
+                run(NoReader{});
             }
             if (!out.empty())
                 for (std::size_t g = 0; g < group; ++g)

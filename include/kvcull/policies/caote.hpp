@@ -19,7 +19,8 @@ namespace kvcull::inline KVCULL_ABI {
 
 /// What CAOTE can wrap: scores that are not negative, at the end of each layer.
 template <class P>
-concept CaoteBase = Policy<P> && NonNegative<P> && !decides_late<P> && !SideInput<P> && !Selects<P>;
+concept CaoteBase = Policy<P> && NonNegative<P> && !decides_late<P> && !SideInput<P> && !Selects<P> &&
+                    !ReadsKeys<P> && !ReadsValues<P>;
 
 /// CAOTE over any base policy with scores that are not negative. `fast`: measured from the plain mean of the
 /// values (FastCAOTE), which is known before the step, so that the distances are taken while attention reads
@@ -86,8 +87,6 @@ struct Caote {
     [[nodiscard]] constexpr Needs needs(Phase phase) const { return base.needs(phase); }
 
     [[nodiscard]] bool reads_values(State& state, const HeadStep& step) const {
-        if constexpr (ReadsValues<Base>)
-            if (base.reads_values(state.base, step)) return true;
         if (!fast || !step.evicts) return false;
         enter(state, step);
         state.entered = true;
@@ -97,7 +96,6 @@ struct Caote {
         return true;
     }
     void read_values(State& state, const HeadStep& step, const RowsView::Run& piece) const {
-        if constexpr (ReadsValues<Base>) base.read_values(state.base, step, piece);
         if (!state.entered || state.values.rows != step.n()) return;
         detail::distances(*step.kernels, state.mean.data(), 0, 1, step.cached.v, piece, nullptr, 0,
                           state.squares[0].data() + piece.first, 0);
@@ -190,9 +188,10 @@ struct Caote {
         if (!fast) return;
         const bool known = state.values.knows(step.n());
         if (!known) state.values.reset(step.cached.v.dim());
-        for_each_value(step, keep, !known, [&](std::size_t, std::span<const float> value) {
-            state.values.add(0, known ? -1.0 : 1.0, value);
-        });
+        for_each_row_of(step.cached.v, *step.workspace, keep, !known,
+                        [&](std::size_t, std::span<const float> value) {
+                            state.values.add(0, known ? -1.0 : 1.0, value);
+                        });
         state.values.rows = keep.size();
     }
 

@@ -1,33 +1,33 @@
 #pragma once
 /// Ranking by the geometry of keys, without any attention weight.
 
+#include <algorithm>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "../score/concepts.hpp"
+#include "../score/running_sum.hpp"
 #include "../score/similarity.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
 
-/// |k| of every row. RoPE does not change it, so it is taken once, when the token enters. 4 bytes per token
-/// and KV head.
-struct KeyNorms {
-    RowArray<float> norm;
-
-    [[nodiscard]] auto arrays() noexcept { return std::tie(norm); }
-
-    void observe(const HeadStep& step) {
-        if (step.phase == Phase::probe || !step.first_tile) return;
-        for_each_row(
-            step.cached.k, step.n() - step.added, *step.workspace,
-            [&](std::size_t j, std::span<const float> row) { norm[j] = euclidean_norm(*step.kernels, row); });
-    }
-};
-
-/// KeyDiff (arXiv 2504.15364): keys unlike the others stay. score = -cos(k_j, mean of unit keys), recomputed
-/// at every eviction: O(n d), two passes over the keys. State: 4 bytes per token and KV head.
+/// KeyDiff (arXiv 2504.15364): keys unlike the others stay. score = -cos(k_j, mean of unit keys). The sum of
+/// unit keys follows the cache, so the mean is known before a step and the products with it are taken while
+/// attention reads the keys. State: 8 bytes per token and KV head, 8 per channel. Cost at an eviction: O(n d)
+/// beside attention's own pass over the keys; a pass of its own where several tokens came at once.
 struct KeyDiff {
     static constexpr std::string_view name = "keydiff";
-    using State = KeyNorms;
+    struct State {
+        RowArray<float> inverse;    // 1 / |k|
+        RowArray<float> product;    // key * direction of the mean, of the newest step that evicts
+        RunningSum units;           // [head_dim]
+        std::vector<float> anchor;  // [head_dim]: that direction, while attention reads the keys
+        std::size_t measured = RunningSum::stale;  // rows that `product` is true for
+        bool entered = false;                      // the call's keys are in the sum already
+
+        [[nodiscard]] auto arrays() noexcept { return std::tie(inverse, product); }
+    };
 
     std::size_t sinks = 0, recent = 0;
 
@@ -39,18 +39,90 @@ struct KeyDiff {
     static constexpr std::size_t workspace(std::size_t rows, std::size_t /*group*/, std::size_t dim) {
         return rows + dim;
     }
-    static void observe(State& state, const HeadStep& step) { state.observe(step); }
+
+    static bool reads_keys(State& state, const HeadStep& step) {
+        if (!step.evicts) return false;
+        enter(state, step);
+        state.entered = true;
+        state.measured = RunningSum::stale;
+        return find_anchor(state.units, step, state.anchor);
+    }
+    static void read_keys(State& state, const HeadStep& step, const RowsView::Run& piece) {
+        detail::dots(*step.kernels, state.anchor.data(), 0, 1, step.cached.k, piece, 1.0F,
+                     state.product.values().data() + piece.first, 0);
+        if (piece.first + piece.rows == step.n()) state.measured = step.n();
+    }
+    static void observe(State& state, const HeadStep& step) {
+        if (step.phase == Phase::probe || !step.first_tile || std::exchange(state.entered, false)) return;
+        enter(state, step);
+        state.measured = RunningSum::stale;
+    }
     static void score(const State& state, const HeadStep& step, std::span<float> out) {
-        cosine_to_mean(*step.kernels, step.cached.k, state.norm.values(), out, *step.workspace);
-        for (float& x : out) x = -x;
+        const std::span<const float> inverse = state.inverse.values();
+        const std::size_t dim = step.cached.k.dim();
+        if (state.measured == step.n()) {
+            for (std::size_t j = 0; j < out.size(); ++j) out[j] = -state.product[j] * inverse[j];
+            return;
+        }
+        float* const anchor = step.workspace->get(dim);
+        if (!find_anchor(state.units, step, {anchor, dim})) {
+            cosine_to_mean(*step.kernels, step.cached.k, inverse, out, *step.workspace);
+            for (float& x : out) x = -x;
+            return;
+        }
+        detail::for_each_piece(step.cached.k, 0, step.n(),
+                               [&](const RowsView::Run& piece, const std::byte* next) {
+                                   detail::dots(*step.kernels, anchor, 0, 1, step.cached.k, piece, -1.0F,
+                                                out.data() + piece.first, 0, next);
+                               });
+        for (std::size_t j = 0; j < out.size(); ++j) out[j] *= inverse[j];
+    }
+    static void forget(State& state, const HeadStep& step, std::span<const index_t> keep) {
+        const bool known = state.units.knows(step.n());
+        if (!known) state.units.reset(step.cached.k.dim());
+        for_each_row_of(step.cached.k, *step.workspace, keep, !known,
+                        [&](std::size_t j, std::span<const float> key) {
+                            const auto length = static_cast<double>(state.inverse[j]);
+                            state.units.add(0, known ? -length : length, key);
+                        });
+        state.units.rows = keep.size();
+    }
+
+  private:
+    /// Norms of the call's keys; they join the sum, if it is true for the rows before them.
+    static void enter(State& state, const HeadStep& step) {
+        const std::size_t before = step.n() - step.added, dim = step.cached.k.dim();
+        if (state.anchor.empty()) {
+            state.units.reset(dim);
+            state.anchor.resize(dim);
+        }
+        const bool known = state.units.rows == before;
+        for_each_row(step.cached.k, before, *step.workspace, [&](std::size_t j, std::span<const float> key) {
+            state.inverse[j] = inverse_norm(*step.kernels, key);
+            if (known) state.units.add(0, static_cast<double>(state.inverse[j]), key);
+        });
+        state.units.rows = known ? step.n() : RunningSum::stale;
+    }
+    /// Direction of the mean of unit keys, if that is known.
+    static bool find_anchor(const RunningSum& units, const HeadStep& step, std::span<float> out) {
+        if (!units.knows(step.n())) return false;
+        for (std::size_t c = 0; c < out.size(); ++c)
+            out[c] = static_cast<float>(units.sum[c] / static_cast<double>(step.n()));
+        const float scale = inverse_norm(*step.kernels, out);
+        for (float& x : out) x *= scale;
+        return true;
     }
 };
-static_assert(Policy<KeyDiff> && Protects<KeyDiff>);
+static_assert(Policy<KeyDiff> && Protects<KeyDiff> && ReadsKeys<KeyDiff> && Forgets<KeyDiff>);
 
 /// Key norm (arXiv 2406.11430): keys of low norm stay. State: 4 bytes per token and KV head.
 struct KeyNorm {
     static constexpr std::string_view name = "keynorm";
-    using State = KeyNorms;
+    struct State {
+        RowArray<float> norm;  // |k|: rotation does not change it, so it is taken when the token enters
+
+        [[nodiscard]] auto arrays() noexcept { return std::tie(norm); }
+    };
 
     std::size_t sinks = 0, recent = 0;
     std::size_t skip_layers = 0;  // the first layers that never evict
@@ -70,7 +142,13 @@ struct KeyNorm {
         return moment.layer >= skip_layers && moment.rows > prune_after && moment.rows > moment.budget &&
                moment.rows - moment.budget > moment.slack;
     }
-    static void observe(State& state, const HeadStep& step) { state.observe(step); }
+    static void observe(State& state, const HeadStep& step) {
+        if (step.phase == Phase::probe || !step.first_tile) return;
+        for_each_row(step.cached.k, step.n() - step.added, *step.workspace,
+                     [&](std::size_t j, std::span<const float> row) {
+                         state.norm[j] = euclidean_norm(*step.kernels, row);
+                     });
+    }
     static void score(const State& state, const HeadStep& /*step*/, std::span<float> out) {
         for (std::size_t j = 0; j < out.size(); ++j) out[j] = -state.norm[j];
     }

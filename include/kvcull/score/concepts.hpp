@@ -240,8 +240,14 @@ concept PerQueryHead = NonNegative<P> &&
     requires(const P policy, const typename P::State& state, const HeadStep& step, MatrixView<float> out) {
     policy.distribution(state, step, out);
 };
-/// Takes part in the pass over the values that the attention of one token makes: gets every piece of them
-/// once, in order, right after attention has read it, while it is still in cache; `observe` follows.
+/// Takes part in the pass over the keys or the values that the attention of one token makes: gets every piece
+/// of them once, in order, right after attention has read it, while it is still in cache; `observe` follows.
+template <class P>
+concept ReadsKeys = requires(const P policy, typename P::State& state, const HeadStep& step,
+                             const RowsView::Run& piece) {
+    { policy.reads_keys(state, step) } -> std::same_as<bool>;
+    policy.read_keys(state, step, piece);
+};
 template <class P>
 concept ReadsValues = requires(const P policy, typename P::State& state, const HeadStep& step,
                                const RowsView::Run& piece) {

@@ -114,12 +114,13 @@ struct PerHeadAttention {
         const std::size_t dim = step.cached.v.dim();
         const bool known = state.output.knows(step.n());
         if (!known) state.output.reset(step.group * dim);
-        for_each_value(step, keep, !known, [&](std::size_t j, std::span<const float> value) {
-            for (std::size_t g = 0; g < step.group; ++g) {
-                const auto mass = static_cast<double>(state.mass[g][j]);
-                state.output.add(g * dim, known ? -mass : mass, value);
-            }
-        });
+        for_each_row_of(step.cached.v, *step.workspace, keep, !known,
+                        [&](std::size_t j, std::span<const float> value) {
+                            for (std::size_t g = 0; g < step.group; ++g) {
+                                const auto mass = static_cast<double>(state.mass[g][j]);
+                                state.output.add(g * dim, known ? -mass : mass, value);
+                            }
+                        });
         state.output.rows = keep.size();
     }
 

@@ -1,10 +1,11 @@
 #pragma once
-/// Sums over the values of a head that follow its rows, so that a decision need not read them all.
+/// Sums over the keys or values of a head that follow its rows, so that a decision need not read them all.
 
 #include <cstddef>
 #include <span>
 #include <vector>
 
+#include "../base/memory.hpp"
 #include "concepts.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
@@ -32,19 +33,24 @@ struct RunningSum {
     }
 };
 
-/// Calls `visit(row, widened value)` for the rows that are not in `keep`, or for those that are.
+/// Calls `visit(index, widened row)` for the rows that are not in `keep`, ascending, or for those that are.
 template <class Visit>
-void for_each_value(const HeadStep& step, std::span<const index_t> keep, bool kept, const Visit& visit) {
-    const RowsView& v = step.cached.v;
-    const std::span<float> wide(step.workspace->get(v.dim()), v.dim());
-    std::size_t next = 0;
-    for (std::size_t j = 0; j < v.rows(); ++j) {
-        const bool stays = next < keep.size() && static_cast<std::size_t>(keep[next]) == j;
-        if (stays) ++next;
-        if (stays != kept) continue;
-        v.widen(j, wide);
+void for_each_row_of(const RowsView& rows, Scratch<float>& workspace, std::span<const index_t> keep,
+                     bool kept, const Visit& visit) {
+    const std::span<float> wide(workspace.get(rows.dim()), rows.dim());
+    const auto show = [&](std::size_t j) {
+        rows.widen(j, wide);
         visit(j, std::span<const float>(wide));
+    };
+    std::size_t j = 0;
+    for (const index_t stays : keep) {
+        for (; j < static_cast<std::size_t>(stays); ++j)
+            if (!kept) show(j);
+        if (kept) show(j);
+        ++j;
     }
+    for (; j < rows.rows(); ++j)
+        if (!kept) show(j);
 }
 
 }  // namespace kvcull::inline KVCULL_ABI

@@ -39,26 +39,29 @@ void for_each_row(const RowsView& rows, std::size_t first, Scratch<float>& works
     }
 }
 
+/// 1 / |row|; 1e12 for a row of zeros, whose products are 0 all the same.
+[[nodiscard]] inline float inverse_norm(const simd::Kernels& kernels, std::span<const float> row) noexcept {
+    return 1.0F / std::max(euclidean_norm(kernels, row), 1e-12F);
+}
+
 /// Cosine of every row with the mean of all unit rows; out[n]. A zero row has cosine 0.
-/// @param norm  [n], euclidean_norm of each row. Cost: two passes over the rows, O(n d). Memory: n + d floats
-/// of `workspace`.
-inline void cosine_to_mean(const simd::Kernels& kernels, const RowsView& rows, std::span<const float> norm,
+/// @param inverse  [n], inverse_norm of each row. Cost: two passes over the rows, O(n d). Memory: n + d
+/// floats of `workspace`.
+inline void cosine_to_mean(const simd::Kernels& kernels, const RowsView& rows, std::span<const float> inverse,
                            std::span<float> out, Scratch<float>& workspace) {
-    constexpr float tiny = 1e-12F;
     const std::size_t n = rows.rows(), dim = rows.dim();
     if (n == 0) return;
-    float* const weight = workspace.get(n + dim);
-    float* const anchor = weight + n;
-    for (std::size_t j = 0; j < n; ++j) weight[j] = 1.0F / (std::max(norm[j], tiny) * static_cast<float>(n));
+    float* const product = workspace.get(n + dim);
+    float* const anchor = product + n;
     std::fill(anchor, anchor + dim, 0.0F);
     detail::for_each_piece(rows, 0, n, [&](const RowsView::Run& piece, const std::byte* next) {
-        detail::weighted_sum(kernels, weight + piece.first, n, 1, rows, piece, anchor, dim, next);
+        detail::weighted_sum(kernels, inverse.data() + piece.first, n, 1, rows, piece, anchor, dim, next);
     });
-    const float length = std::max(euclidean_norm(kernels, {anchor, dim}), tiny);
+    const float scale = inverse_norm(kernels, {anchor, dim});
     detail::for_each_piece(rows, 0, n, [&](const RowsView::Run& piece, const std::byte* next) {
-        detail::dots(kernels, anchor, dim, 1, rows, piece, 1.0F / length, weight + piece.first, n, next);
+        detail::dots(kernels, anchor, dim, 1, rows, piece, scale, product + piece.first, n, next);
     });
-    for (std::size_t j = 0; j < n; ++j) out[j] = weight[j] / std::max(norm[j], tiny);
+    for (std::size_t j = 0; j < n; ++j) out[j] = product[j] * inverse[j];
 }
 
 }  // namespace kvcull::inline KVCULL_ABI
