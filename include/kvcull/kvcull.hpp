@@ -9,3 +9,5 @@
 #include "integrations/registry.hpp"
 #include "policies.hpp"
 #include "select/budget.hpp"
+#include "select/head_rules.hpp"
+#include "select/layer_rules.hpp"

@@ -757,7 +757,7 @@ struct EndsLike {
 struct TableRule : AdaLike {
     std::vector<std::size_t>* sizes = nullptr;
 
-    void head_sizes(std::span<const Candidates> /*heads*/, std::size_t /*size*/,
+    void head_sizes(std::size_t /*layer*/, std::span<const Candidates> /*heads*/, std::size_t /*size*/,
                     std::span<std::size_t> out) const {
         std::copy(sizes->begin(), sizes->end(), out.begin());
     }

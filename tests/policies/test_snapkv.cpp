@@ -331,7 +331,8 @@ TEST_CASE("a head that gets fewer rows than the window keeps its last ones", "[p
         static void layer_sizes(std::size_t mean, std::size_t, Protected, std::span<std::size_t> out) {
             std::fill(out.begin(), out.end(), mean);
         }
-        static void head_sizes(std::span<const Candidates>, std::size_t size, std::span<std::size_t> out) {
+        static void head_sizes(std::size_t, std::span<const Candidates>, std::size_t size,
+                               std::span<std::size_t> out) {
             out[0] = 3;
             out[1] = 2 * size - 3;
         }

@@ -140,7 +140,7 @@ struct Uneven {
                             std::span<std::size_t> out) {
         std::fill(out.begin(), out.end(), mean);
     }
-    static void head_sizes(std::span<const Candidates> /*heads*/, std::size_t size,
+    static void head_sizes(std::size_t /*layer*/, std::span<const Candidates> /*heads*/, std::size_t size,
                            std::span<std::size_t> out) {
         for (std::size_t h = 0; h < out.size(); ++h) out[h] = h % 2 == 0 ? size - 1 : size + 1;
     }

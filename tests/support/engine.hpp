@@ -252,8 +252,9 @@ inline std::vector<float> rows_by_position(const RowsView& rows, const HeadView&
 
 /// Calls `use(cache, name)` for KVCache and for Evictor on foreign buffers, with both compactions, on every
 /// instruction set of this machine. Blocks are small, so that short sequences fill many.
-template <Policy P, class Use>
-void for_each_driver(const CacheShape& shape, const P& policy, const Budget& budget, Use&& use) {
+template <Policy P, class Use, BudgetRule Rule = Uniform>
+void for_each_driver(const CacheShape& shape, const P& policy, const Budget& budget, Use&& use,
+                     const Rule& rule = {}) {
     for (const simd::Isa isa : simd::all_isas) {
         if (!simd::available(isa)) continue;
         const auto run = [&](auto& cache, const std::string& name) {
@@ -261,11 +262,11 @@ void for_each_driver(const CacheShape& shape, const P& policy, const Budget& bud
             use(cache, name + " on " + std::string(simd::name_of(isa)));
         };
         BlockPool pool({.block_rows = 5});
-        KVCache cache(shape, policy, budget, pool);
+        KVCache cache(shape, policy, budget, pool, rule);
         run(cache, "KVCache");
-        Engine<P> engine(shape, policy, budget);
+        Engine<P, Rule> engine(shape, policy, budget, false, rule);
         run(engine, "Evictor");
-        Engine<P> ascending(shape, policy, budget, true);
+        Engine<P, Rule> ascending(shape, policy, budget, true, rule);
         run(ascending, "ascending Evictor");
     }
 }

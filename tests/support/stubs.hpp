@@ -358,7 +358,8 @@ struct AdaLike {
                             std::span<std::size_t> out) {
         std::fill(out.begin(), out.end(), mean);
     }
-    void head_sizes(std::span<const Candidates> heads, std::size_t size, std::span<std::size_t> out) const {
+    void head_sizes(std::size_t /*layer*/, std::span<const Candidates> heads, std::size_t size,
+                    std::span<std::size_t> out) const {
         if (asked != nullptr) asked->push_back(size);
         std::vector<std::tuple<float, std::size_t>> all;
         for (std::size_t h = 0; h < heads.size(); ++h)

@@ -63,7 +63,7 @@ class Decision {
     void resolve(Live<P>& live, std::size_t tokens, std::size_t prompt) const {
         if constexpr (Checked<P>) policy.check(tokens);
         std::vector<std::size_t> layers(shape.layers), sizes(shape.heads());
-        rule.layer_sizes(tokens, prompt, protected_rows(policy, tokens), layers);
+        rule.layer_sizes(tokens, prompt, protection(tokens, 0), layers);
         for (std::size_t i = 0; i < sizes.size(); ++i) sizes[i] = layers[i / shape.kv_heads];
         check_pins(live.pinned, sizes);
         live.sizes = std::move(sizes);
@@ -172,15 +172,7 @@ class Decision {
                                    protection(size, coming)});
         }
         if constexpr (HeadBudgetRule<Rule>)
-            if (phase == Phase::prompt && coming == 0) {
-                // The total stays: after an earlier division the heads' own sizes differ.
-                std::size_t total = 0;
-                for (const Candidates& head : candidates_) total += head.size;
-                std::vector<std::size_t> sizes(count);
-                rule.head_sizes(candidates_, total / count, sizes);
-                for (std::size_t i = 0; i < count; ++i)
-                    live.sizes[first + i] = candidates_[i].size = sizes[i];
-            }
+            if (phase == Phase::prompt && coming == 0 && scope() == Scope::head) divide(live, span);
         const auto add = [&](std::size_t i, std::span<const index_t> keep) {
             plan.add((first + i) / shape.kv_heads, (first + i) % shape.kv_heads, live.rows[first + i], keep,
                      compaction);
@@ -253,6 +245,24 @@ class Decision {
         return rows;
     }
 
+    /// The rule's sizes of a layer's heads. The total stays: after an earlier division the heads' own sizes
+    /// differ. Pinned rows always fit.
+    void divide(Live<P>& live, Span span) {
+        std::size_t total = 0, pinned = 0;
+        for (const Candidates& head : candidates_) total += head.size;
+        for (const PositionRange& range : live.pinned)
+            pinned += static_cast<std::size_t>(range.end - range.begin);
+        std::vector<std::size_t> sizes(span.count);
+        rule.head_sizes(span.first / shape.kv_heads, candidates_, total / span.count, sizes);
+        for (std::size_t& size : sizes)
+            for (; size < pinned; ++size) {
+                std::size_t& largest = *std::max_element(sizes.begin(), sizes.end());
+                if (largest <= pinned) break;
+                --largest;
+            }
+        for (std::size_t i = 0; i < span.count; ++i)
+            live.sizes[span.first + i] = candidates_[i].size = sizes[i];
+    }
     /// What one head keeps, by itself; in keeps_[0].
     void select(const Live<P>& live, std::size_t index, std::size_t i, const HeadView& cached) {
         const Candidates& head = candidates_[i];

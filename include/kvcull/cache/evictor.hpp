@@ -121,6 +121,8 @@ class Evictor {
                 detail::check<error::config_error>(!decision_.may_fall_due(Phase::prompt, false),
                                                    "Evictor::begin_prompt", "total", "unknown",
                                                    "the prompt's tokens (the budget is a ratio)");
+        } else if (ReadsPrompt<Rule> && total && live_.resolved) {
+            decision_.resolve(live_, decision_.budget.tokens, live_.seen + *total);
         }
         live_.phase = Phase::prompt;
         live_.prompt_end = total ? live_.seen + *total : unlimited;
@@ -270,7 +272,9 @@ class Evictor {
             detail::check<error::state_error>(live_.seen == live_.prompt_end, where, "tokens seen",
                                               live_.seen, live_.prompt_end);
         check_all(where, cached);
-        if (decision_.budget.ratio != 0.0 && live_.prompt_end == unlimited && live_.seen > 0)
+        const bool late = live_.prompt_end == unlimited && live_.seen > 0;  // the length is known only now
+        if (late && (decision_.budget.ratio != 0.0 ||
+                     (ReadsPrompt<Rule> && live_.resolved && !decision_.may_fall_due(Phase::prompt, false))))
             decision_.resolve(live_, budget_tokens(decision_.budget, live_.seen), live_.seen);
         plan_.clear();
         if (!Lookahead<P> && live_.seen > 0) decide_all(cached, true);

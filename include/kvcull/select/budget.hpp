@@ -46,17 +46,23 @@ inline void check_budget(const Budget& budget) {
     return std::max<std::size_t>(tokens, 1);
 }
 
-/// Divides `mean` rows per KV head over layers: writes rows per KV head of each layer. `prompt`: rows before.
+/// Divides `mean` rows per KV head over layers: writes rows per KV head of each layer. `prompt`: tokens at
+/// the prompt's end, 0 while that is not known. @throws config_error, as its parameters are checked here.
 template <class R>
 concept BudgetRule = std::copyable<R> &&
     requires(const R rule, std::size_t number, std::span<std::size_t> out) {
-    rule.layer_sizes(number, number, Protected{}, out);  // mean, prompt, protected by the policy, out[layers]
+    rule.layer_sizes(number, number, Protected{}, out);  // mean, prompt, protected rows, out[layers]
 };
-/// Divides a layer's rows over its KV heads by the policy's scores, once at the prompt's end; the sizes stay.
+/// Divides otherwise for another length of the prompt: asked again for every prompt.
+template <class R>
+concept ReadsPrompt = BudgetRule<R> && R::reads_prompt;
+/// Divides a layer's rows over its KV heads by the policy's scores when the prompt is evicted; the sizes
+/// stay. Policies that rank heads together have no sizes per head: they are not asked.
 template <class R>
 concept HeadBudgetRule = BudgetRule<R> &&
-    requires(const R rule, std::span<const Candidates> heads, std::size_t size, std::span<std::size_t> out) {
-    rule.head_sizes(heads, size, out);
+    requires(const R rule, std::size_t layer, std::span<const Candidates> heads, std::size_t size,
+             std::span<std::size_t> out) {
+    rule.head_sizes(layer, heads, size, out);  // size: mean rows per head; out[heads]
 };
 
 /// The same for every layer and head.
