@@ -22,6 +22,10 @@ void check_h2o(GoldenFile& file);
 void check_tova(GoldenFile& file);
 void check_streaming(GoldenFile& file);
 }  // namespace baselines
+namespace budgets {
+void check_pyramid(GoldenFile& file);
+void check_ada(GoldenFile& file);
+}  // namespace budgets
 namespace caote {
 void check_weights(GoldenFile& file);
 void check_scores(GoldenFile& file);
