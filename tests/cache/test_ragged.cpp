@@ -1,0 +1,177 @@
+// Budget rules beside policies: heads and layers of different sizes, from the prompt through decoding.
+
+#include <algorithm>
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "kvcull/cache/evictor.hpp"
+#include "kvcull/cache/kv_cache.hpp"
+#include "kvcull/policies.hpp"
+#include "kvcull/select/head_rules.hpp"
+#include "kvcull/select/layer_rules.hpp"
+#include "support/catch.hpp"
+#include "support/engine.hpp"
+#include "support/failure.hpp"
+#include "support/reference.hpp"
+
+using namespace kvcull;
+using namespace kvcull::test;
+
+namespace {
+
+constexpr CacheShape shape{.layers = 3, .q_heads = 4, .kv_heads = 2, .head_dim = 8, .value_dim = 4};
+constexpr std::size_t prompt = 60, end = 80;
+
+template <class Cache>
+std::vector<std::size_t> rows_of(const Cache& cache) {
+    std::vector<std::size_t> rows;
+    for (std::size_t layer = 0; layer < cache.shape().layers; ++layer)
+        for (std::size_t h = 0; h < cache.shape().kv_heads; ++h) rows.push_back(cache.rows(layer, h));
+    return rows;
+}
+std::size_t sum(const std::vector<std::size_t>& numbers) {
+    std::size_t total = 0;
+    for (const std::size_t one : numbers) total += one;
+    return total;
+}
+template <class Cache>
+std::vector<std::vector<position_t>> all_positions_of(const Cache& cache) {
+    std::vector<std::vector<position_t>> all;
+    for (std::size_t layer = 0; layer < cache.shape().layers; ++layer)
+        for (std::size_t h = 0; h < cache.shape().kv_heads; ++h)
+            all.push_back(positions_of(cache.view(layer, h)));
+    return all;
+}
+/// Keys of head 1 are long: policies by key norm give all rows to head 0.
+Stream lopsided_stream() {
+    Stream stream = random_stream(shape, end, 3);
+    const std::size_t head = end * shape.head_dim;
+    for (std::size_t layer = 0; layer < shape.layers; ++layer)
+        for (std::size_t i = 0; i < head; ++i) stream.k[(layer * 2 + 1) * head + i] *= 50.0F;
+    return stream;
+}
+
+}  // namespace
+
+TEST_CASE("a prompt in any calls ends with the sizes that the rule gave, and decoding keeps them",
+          "[property]") {
+    const Stream stream = random_stream(shape, end, 1);
+    for (const std::size_t chunk : {60U, 13U})
+        for (const AdaMode mode : {AdaMode::interpolate, AdaMode::floor_fill}) {
+            CAPTURE(chunk, static_cast<int>(mode));
+            std::vector<std::vector<position_t>> want;
+            for_each_driver(
+                shape, SnapKV{.window = 4, .kernel = 3, .decode_interval = 3}, {.tokens = 16},
+                [&](auto& cache, const std::string& driver) {
+                    CAPTURE(driver);
+                    feed_prompt(cache, stream, 0, prompt, chunk, driver.starts_with("KVCache"));
+                    const auto sizes = rows_of(cache);
+                    REQUIRE(sum(sizes) == 6 * 16);
+                    REQUIRE(sizes[0] + sizes[1] > sizes[4] + sizes[5]);  // lower layers have more
+                    REQUIRE(std::adjacent_find(sizes.begin(), sizes.end(), std::not_equal_to<>()) !=
+                            sizes.end());
+                    for (std::size_t i = 0; i < sizes.size(); ++i)
+                        REQUIRE(cache.evictor().size(i / 2, i % 2) == sizes[i]);
+                    for (std::size_t token = prompt; token < end; ++token) {
+                        feed(cache, stream, token, 1);
+                        const auto rows = rows_of(cache);
+                        for (std::size_t i = 0; i < rows.size(); ++i)
+                            REQUIRE(rows[i] == sizes[i] + (token - prompt + 1) % 3);
+                    }
+                    const auto held = all_positions_of(cache);
+                    if (want.empty()) want = held;
+                    REQUIRE(held == want);
+                },
+                AdaKV<Pyramid>{.mode = mode});
+        }
+}
+
+TEST_CASE("a head without rows frees its bytes, and attends to new tokens alone", "[property]") {
+    const Stream stream = lopsided_stream();
+    BlockPool pool({.block_rows = 4});
+    KVCache cache(shape, KeyNorm{}, {.tokens = 8}, pool, AdaKV<>{.alpha_permille = 0});
+    feed_prompt(cache, stream, 0, prompt, 60);
+    REQUIRE(rows_of(cache) == std::vector<std::size_t>{16, 0, 16, 0, 16, 0});
+    cache.trim();
+    const std::size_t row = (shape.head_dim + shape.value_dim) * sizeof(float) + sizeof(position_t);
+    REQUIRE(cache.bytes() >= sum(rows_of(cache)) * row);
+    REQUIRE(cache.bytes() < 2 * sum(rows_of(cache)) * row);
+    for (std::size_t token = prompt; token < end; ++token) {
+        std::vector<std::vector<position_t>> before = all_positions_of(cache);
+        const std::vector<float> out = feed(cache, stream, token, 1);
+        for (std::size_t layer = 0; layer < shape.layers; ++layer)
+            for (std::size_t h = 0; h < shape.q_heads; ++h) {
+                auto& seen = before[layer * 2 + h / 2];
+                if (h % 2 == 0) seen.push_back(static_cast<position_t>(token));
+                std::vector<float> q(stream.queries(layer, token, 1).row(h, 0),
+                                     stream.queries(layer, token, 1).row(h, 0) + shape.head_dim);
+                std::vector<float> k, v;
+                for (const position_t position : seen) {
+                    const auto at = static_cast<std::size_t>(position);
+                    const float* key = stream.keys(layer, at, 1).row(h / 2, 0);
+                    const float* value = stream.values(layer, at, 1).row(h / 2, 0);
+                    k.insert(k.end(), key, key + shape.head_dim);
+                    v.insert(v.end(), value, value + shape.values());
+                }
+                const Visible all{0, 0, seen.size()};
+                const ReferenceAttention want =
+                    reference_attention(q, k, v, std::span(&all, 1), seen.size(), shape.head_dim,
+                                        shape.values(), static_cast<double>(shape.logit_scale()));
+                for (std::size_t i = 0; i < shape.values(); ++i)
+                    REQUIRE(close(out[(layer * shape.q_heads + h) * shape.values() + i], want.output[i], 1e-4,
+                                  1e-5));
+            }
+        REQUIRE(rows_of(cache) == std::vector<std::size_t>{16, 0, 16, 0, 16, 0});
+    }
+}
+
+TEST_CASE("an even division through a head rule is the uniform rule, bit for bit", "[property]") {
+    const Stream stream = random_stream(shape, end, 5);
+    for (const AdaMode mode : {AdaMode::interpolate, AdaMode::floor_fill}) {
+        KVCache plain(shape, H2O{.recent = 4}, {.tokens = 12});
+        KVCache ruled(shape, H2O{.recent = 4}, {.tokens = 12}, AdaKV<>{.mode = mode, .alpha_permille = 1000});
+        feed_prompt(plain, stream, 0, prompt, 17);
+        feed_prompt(ruled, stream, 0, prompt, 17);
+        REQUIRE(same_bits(feed_decode(plain, stream, prompt, end), feed_decode(ruled, stream, prompt, end)));
+        REQUIRE(all_positions_of(plain) == all_positions_of(ruled));
+    }
+}
+
+TEST_CASE("the prompt's length shapes a pyramid whenever it becomes known", "[contract]") {
+    const Stream stream = random_stream(shape, end, 6);
+    const SnapKV policy{.window = 4, .kernel = 3};
+    for (const std::size_t length : {15U, 16U, 20U, 24U, 30U, 60U})
+        for (const bool announced : {true, false})
+            for (const Budget& budget : {Budget{.tokens = 16}, Budget{.ratio = 0.5}}) {
+                CAPTURE(length, announced, budget.tokens);
+                KVCache cache(shape, policy, budget, Pyramid{});
+                std::vector<std::size_t> sizes(3), want;
+                Pyramid{}.layer_sizes(budget_tokens(budget, length), length, {0, 4}, sizes);
+                for (const std::size_t size : sizes) want.insert(want.end(), 2, std::min(size, length));
+                feed_prompt(cache, stream, 0, length, 7, announced);
+                REQUIRE(rows_of(cache) == want);
+            }
+}
+
+TEST_CASE("heads hold their pinned rows whatever a rule gives them", "[contract]") {
+    const Stream stream = lopsided_stream();
+    KVCache cache(shape, KeyNorm{}, {.tokens = 8}, AdaKV<>{.alpha_permille = 0});
+    cache.pin(10, 13);
+    feed_prompt(cache, stream, 0, prompt, 60);
+    for (std::size_t layer = 0; layer < 3; ++layer) {
+        REQUIRE(cache.rows(layer, 0) == 13);
+        REQUIRE(cache.positions(layer, 1) == std::vector<position_t>{10, 11, 12});
+    }
+}
+
+TEST_CASE("a rule that does not fit policy and budget is refused when the cache is made", "[contract]") {
+    using error::config_error;
+    CHECK_THROWS_AS(KVCache(shape, Streaming{.sinks = 2}, {.tokens = 8}, Pyramid{}), config_error);
+    CHECK_THROWS_AS(KVCache(shape, H2O{.recent = 2}, {.tokens = 8}, AdaKV<>{.alpha_permille = 1001}),
+                    config_error);
+    CHECK_THROWS_AS(KVCache(shape, H2O{.recent = 2}, {.tokens = 8}, HeadTable{{1, 2}, 2}), config_error);
+    CHECK(failure<config_error>([&] {
+              KVCache(shape, H2O{.recent = 2}, {.tokens = 8, .sinks = 6}, AdaKV<>{});
+          }) == "ada: budget is 8, want more than the 8 protected rows");
+}
