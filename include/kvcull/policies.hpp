@@ -2,6 +2,7 @@
 /// All methods, a line each.
 
 #include "policies/caote.hpp"
+#include "policies/critical.hpp"
 #include "policies/h2o.hpp"
 #include "policies/keydiff.hpp"
 #include "policies/obcache.hpp"

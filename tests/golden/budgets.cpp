@@ -199,4 +199,44 @@ void check_ada(GoldenFile& file) {
     }
 }
 
+void check_critical(GoldenFile& file) {
+    const auto score = file.array<float>("in.score", 2), wo = file.array<float>("in.wo", 3);
+    const std::size_t heads = score.dim(0), c = score.dim(1), w = file.count("w"), n = c + w,
+                      budget = file.count("B"), alpha = file.count("permille");
+    Stream stream = read_prompt(file, heads, n);
+    stream.shape.q_heads = wo.dim(0);
+    stream.q.assign(wo.dim(0) * n * stream.shape.head_dim, 0.0F);
+    detail::check_size("golden", "in.wo.shape[1]", wo.dim(1), stream.shape.values());
+    const MatrixView<const float> projection[] = {
+        {wo.values.data(), wo.dim(0) * wo.dim(1), wo.dim(2), wo.dim(2)}};
+    Critical<Given> policy{
+        {&score, w}, projection, file.count("half"), 0, static_cast<float>(file.real("eps"))};
+    for_each_driver(stream.shape, policy, {.tokens = budget}, [&](auto& cache, const std::string& driver) {
+        file.begin_run(driver);
+        cache.begin_prompt();
+        cache.hold(true);
+        feed(cache, stream, 0, n);
+        std::vector<float> norms, scratch(projected_scratch(wo.dim(1), wo.dim(2)));
+        for (std::size_t h = 0; h < heads; ++h)
+            with_head_step(cache, h, [&](const HeadStep& step) {
+                std::vector<float> one(n);
+                policy.norms(step, one, scratch.data());
+                append(norms, sorted_by_position(step.cached, one));
+            });
+        file.expect("out.norm", {heads, n}, norms);
+        cache.hold(false);
+        cache.end_prompt();
+        file.expect("out.keep_uniform", {heads, std::min(n, budget)}, kept_positions(cache));
+    });
+    policy.safe = alpha * budget / 1000;
+    for_each_driver(
+        stream.shape, policy, {.tokens = budget},
+        [&](auto& cache, const std::string& driver) {
+            file.begin_run(driver);
+            feed_prompt(cache, stream, 0, n, n, driver.starts_with("KVCache"));
+            compare_ragged(file, cache, w, "");
+        },
+        AdaKV<>{.mode = AdaMode::floor_fill, .alpha_permille = alpha});
+}
+
 }  // namespace kvcull::test::budgets

@@ -12,7 +12,7 @@ std::span<const Kind> known_kinds() {
         {"snapkv", "decode", snapkv::check_decode},
         {"budgets", "pyramid", budgets::check_pyramid},
         {"budgets", "ada", budgets::check_ada},
-        {"budgets", "critical"},
+        {"budgets", "critical", budgets::check_critical},
         {"caote", "weights", caote::check_weights},
         {"caote", "scores", caote::check_scores},
         {"caote", "greedy", caote::check_greedy},

@@ -25,6 +25,7 @@ void check_streaming(GoldenFile& file);
 namespace budgets {
 void check_pyramid(GoldenFile& file);
 void check_ada(GoldenFile& file);
+void check_critical(GoldenFile& file);
 }  // namespace budgets
 namespace caote {
 void check_weights(GoldenFile& file);
