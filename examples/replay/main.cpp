@@ -15,7 +15,7 @@ namespace {
 namespace fs = std::filesystem;
 
 struct Options {
-    std::string trace, json, kept, out;
+    std::string trace, rule, json, kept, out;
     std::vector<std::string> policies = examples::NamedPolicies::names();
     std::vector<std::string> budgets{"192", "96", "48"};
     std::size_t chunk = 0;
@@ -43,6 +43,8 @@ void add_options(CLI::App& app, Options& options) {
                    "Tokens per KV head, or below 1 the ratio of the prompt; several by commas")
         ->delimiter(',')
         ->capture_default_str();
+    app.add_option("--rule", options.rule,
+                   "How layers and heads divide the budget: NAME or NAME:key=value,... (default: evenly)");
     app.add_option("--chunk", options.chunk, "Prompt tokens per call; 0: the whole prompt at once")
         ->check(CLI::Range(0, 1'000'000'000))
         ->capture_default_str();
@@ -57,11 +59,13 @@ std::vector<replay::Setting> settings_of(const Options& options, const replay::T
     std::vector<replay::Setting> settings;
     for (const std::string& policy : options.policies)
         for (const std::string& budget : options.budgets) {
-            settings.push_back({policy, examples::parse_budget("--budget", budget)});
+            settings.push_back({policy, examples::parse_budget("--budget", budget), options.rule});
             try {
                 check(trace, settings.back());
             } catch (const kvcull::error::config_error& e) {
-                throw std::runtime_error("--policy " + policy + " --budget " + budget + ": " + e.what());
+                throw std::runtime_error("--policy " + policy + " --budget " + budget +
+                                         (options.rule.empty() ? "" : " --rule " + options.rule) + ": " +
+                                         e.what());
             }
         }
     return settings;
@@ -99,6 +103,7 @@ int run(const Options& options) {
     std::vector<replay::Outcome> runs;
     for (const replay::Setting& setting : settings)
         runs.push_back(replay::run(trace, setting, options.chunk));
+    if (!options.rule.empty()) std::cout << "rule: " << options.rule << "\n\n";
     print_table(std::cout, runs);
     if (!options.json.empty()) write_json(options.json, options.trace, trace, runs);
     if (!options.kept.empty()) write_kept(options.kept, trace, runs);

@@ -7,16 +7,17 @@
 #include <kvcull/cache/kv_cache.hpp>
 
 #include "../common/named_policies.hpp"
+#include "../common/named_rules.hpp"
 
 namespace replay {
 namespace {
 
 /// A cache that reads a trace, with the time that it takes.
-template <class Policy>
+template <class Policy, class Rule = kvcull::Uniform>
 class Player {
   public:
-    Player(const Trace& trace, Policy policy, const kvcull::Budget& budget)
-        : trace_(trace), cache_(trace.shape, std::move(policy), budget, pool_) {
+    Player(const Trace& trace, Policy policy, const kvcull::Budget& budget, Rule rule = {})
+        : trace_(trace), cache_(trace.shape, std::move(policy), budget, pool_, std::move(rule)) {
         cache_.begin_prompt(trace.prompt);
     }
 
@@ -45,7 +46,7 @@ class Player {
         time_ = {};
         if (first + count == trace_.prompt) cache_.end_prompt();
     }
-    [[nodiscard]] const kvcull::KVCache<Policy>& cache() const noexcept { return cache_; }
+    [[nodiscard]] const kvcull::KVCache<Policy, Rule>& cache() const noexcept { return cache_; }
     /// Median over the decoded tokens.
     [[nodiscard]] double seconds() {
         const auto middle = decoded_.begin() + static_cast<std::ptrdiff_t>(decoded_.size() / 2);
@@ -63,7 +64,7 @@ class Player {
 
     const Trace& trace_;
     kvcull::BlockPool pool_{{.block_rows = 16}};
-    kvcull::KVCache<Policy> cache_;
+    kvcull::KVCache<Policy, Rule> cache_;
     std::vector<float> out_;
     std::chrono::duration<double> time_{};  // of the step that runs now
     std::vector<double> decoded_;
@@ -136,10 +137,10 @@ class MassMeter {
     std::vector<kvcull::Visible> visible_;
 };
 
-template <class Policy>
-Outcome run(const Trace& trace, Policy policy, const Setting& setting, std::size_t chunk) {
+template <class Policy, class Rule>
+Outcome run(const Trace& trace, Policy policy, const Rule& rule, const Setting& setting, std::size_t chunk) {
     const kvcull::CacheShape& shape = trace.shape;
-    Player some(trace, std::move(policy), setting.budget);
+    Player some(trace, std::move(policy), setting.budget, rule);
     Player full(trace, kvcull::Full{}, {.tokens = 1});
     MassMeter meter(trace, full.cache());
     Measure error, mass;
@@ -193,14 +194,18 @@ Outcome run(const Trace& trace, Policy policy, const Setting& setting, std::size
 }  // namespace
 
 void check(const Trace& trace, const Setting& setting) {
-    examples::NamedPolicies::with(setting.policy,
-                                  [&](auto policy) { Player(trace, std::move(policy), setting.budget); });
+    examples::NamedPolicies::with(setting.policy, [&](auto policy) {
+        examples::with_rule(setting.rule,
+                            [&](const auto& rule) { Player(trace, policy, setting.budget, rule); });
+    });
 }
 
 Outcome run(const Trace& trace, const Setting& setting, std::size_t chunk) {
     Outcome outcome;
-    examples::NamedPolicies::with(
-        setting.policy, [&](auto policy) { outcome = run(trace, std::move(policy), setting, chunk); });
+    examples::NamedPolicies::with(setting.policy, [&](auto policy) {
+        examples::with_rule(setting.rule,
+                            [&](const auto& rule) { outcome = run(trace, policy, rule, setting, chunk); });
+    });
     return outcome;
 }
 

@@ -15,6 +15,8 @@ namespace replay {
 struct Setting {
     std::string policy = {};
     kvcull::Budget budget = {};
+    std::string rule =
+        {};  ///< how layers and heads divide the budget: `pyramid`, `ada:skip=1`; empty: evenly
 };
 
 /// What a policy did to a trace. The four measures go over all rows decoded after the prompt: one per token,

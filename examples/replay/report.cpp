@@ -68,6 +68,7 @@ void write_json(const std::filesystem::path& file, const std::string& name, cons
             item["budget"] = run.setting.budget.tokens;
         else
             item["budget"] = run.setting.budget.ratio;
+        if (!run.setting.rule.empty()) item["rule"] = run.setting.rule;
         item.update({{"mean_error", run.mean_error},
                      {"worst_error", run.worst_error},
                      {"mean_mass", run.mean_mass},

@@ -15,7 +15,7 @@ namespace {
 using namespace tiny_llama;
 
 struct Options {
-    std::string model = TINY_LLAMA_MODEL_DIR, json, out = ".";
+    std::string model = TINY_LLAMA_MODEL_DIR, rule, json, out = ".";
     std::vector<std::string> tasks;
     std::vector<std::string> policies = examples::NamedPolicies::names();
     std::vector<std::string> budgets{"384", "192", "96", "48"};
@@ -33,6 +33,8 @@ void add_options(CLI::App& app, Options& options) {
                    "Tokens per KV head, or below 1 the ratio of the prompt; several by commas")
         ->delimiter(',')
         ->capture_default_str();
+    app.add_option("--rule", options.rule,
+                   "How layers and heads divide the budget: NAME or NAME:key=value,... (default: evenly)");
     app.add_option("--chunk", options.chunk, "Prompt tokens per call; 0: the whole prompt at once")
         ->check(CLI::Range(0, 1'000'000'000))
         ->capture_default_str();
@@ -56,8 +58,9 @@ void check_all(const Llama& model, const std::vector<Setting>& settings, const s
                     check(model, setting, task.cases[i].prompt.size());
             } catch (const kvcull::error::config_error& e) {
                 throw std::runtime_error("policy " + setting.policy + ", budget " +
-                                         examples::text_of(setting.budget) + ", task " + task.name + ": " +
-                                         e.what());
+                                         examples::text_of(setting.budget) +
+                                         (setting.rule.empty() ? "" : ", rule " + setting.rule) + ", task " +
+                                         task.name + ": " + e.what());
             }
         }
 }
@@ -90,7 +93,7 @@ int run(const Options& options) {
     for (const std::string& budget : options.budgets)
         budgets.push_back(examples::parse_budget("--budget", budget));
     for (const std::string& policy : options.policies)
-        for (const kvcull::Budget& budget : budgets) settings.push_back({policy, budget});
+        for (const kvcull::Budget& budget : budgets) settings.push_back({policy, budget, options.rule});
 
     const Llama model(options.model);
     const std::vector<Task> tasks = read_tasks(options.tasks, options.model, model.config().vocabulary);
@@ -102,6 +105,7 @@ int run(const Options& options) {
     if (json.has_parent_path()) std::filesystem::create_directories(json.parent_path());
 
     const std::vector<Row> rows = run_all(model, settings, tasks, options);
+    if (!options.rule.empty()) std::cout << "rule: " << options.rule << "\n\n";
     print_table(std::cout, rows);
     write_json(json, rows);
     std::cout << "\nnumbers:  " << json.string() << '\n';

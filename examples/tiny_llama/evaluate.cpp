@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "../common/named_policies.hpp"
+#include "../common/named_rules.hpp"
 
 namespace tiny_llama {
 namespace {
@@ -103,8 +104,10 @@ void parallel_for(std::size_t threads, std::size_t count, Body&& body) {
 
 void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens) {
     examples::NamedPolicies::with(setting.policy, [&](auto policy) {
-        kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget);
-        cache.begin_prompt(prompt_tokens);
+        examples::with_rule(setting.rule, [&](const auto& rule) {
+            kvcull::KVCache cache(shape_of(model), policy, setting.budget, rule);
+            cache.begin_prompt(prompt_tokens);
+        });
     });
 }
 
@@ -112,8 +115,10 @@ Outcome run_case(const Llama& model, const Setting& setting, const Case& example
                  kvcull::BlockPool& pool) {
     Outcome outcome;
     examples::NamedPolicies::with(setting.policy, [&](auto policy) {
-        kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget, pool);
-        outcome = run(model, example, chunk, cache);
+        examples::with_rule(setting.rule, [&](const auto& rule) {
+            kvcull::KVCache cache(shape_of(model), policy, setting.budget, pool, rule);
+            outcome = run(model, example, chunk, cache);
+        });
     });
     return outcome;
 }

@@ -17,6 +17,8 @@ namespace tiny_llama {
 struct Setting {
     std::string policy = {};
     kvcull::Budget budget = {};
+    std::string rule =
+        {};  ///< how layers and heads divide the budget: `pyramid`, `ada:skip=1`; empty: evenly
 };
 
 /// What one case gave.

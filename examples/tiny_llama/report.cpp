@@ -114,6 +114,7 @@ void write_json(const std::filesystem::path& file, std::span<const Row> rows) {
             item["budget"] = row.setting.budget.tokens;
         else
             item["budget"] = row.setting.budget.ratio;
+        if (!row.setting.rule.empty()) item["rule"] = row.setting.rule;
         item["accuracy"] = row.accuracy;
         item["questions"] = row.questions;
         item["kv_bytes"] = std::llround(row.kv_bytes);

@@ -183,7 +183,7 @@ void check_ada(GoldenFile& file) {
     for (const Rounding rounding : {Rounding::exact, Rounding::authors}) {
         const std::string suffix = rounding == Rounding::exact ? "" : "_authors";
         if (!file.contains("out.keep" + suffix)) continue;
-        rule.rounding = rounding;
+        rule.head_rounding = rounding;
         for (const std::size_t chunk : {c + w, std::size_t{7}})
             for_each_driver(
                 stream.shape, Given{&score, w}, {.tokens = budget},

@@ -7,7 +7,10 @@
 #include <type_traits>
 
 #include "kvcull/policies.hpp"
+#include "kvcull/select/head_rules.hpp"
+#include "kvcull/select/layer_rules.hpp"
 #include "support/catch.hpp"
+#include "support/failure.hpp"
 
 using namespace kvcull;
 
@@ -115,4 +118,29 @@ TEST_CASE("what is not known is refused with a list of what is", "[contract]") {
     CHECK(mentions(refusal("h2o:recent=99999999999999999999999"), {"recent"}));
     CHECK(mentions(refusal("full:sinks=4"), {"sinks", "no parameters"}));
     CHECK(mentions(refusal("H2O"), {"H2O"}));
+}
+
+TEST_CASE("budget rules are chosen by name as policies are", "[contract]") {
+    const auto choose = [](std::string_view text, const auto& use) {
+        with_rule<Uniform, Pyramid, AdaKV<>, AdaKV<Pyramid>>(text, use);
+    };
+    choose("ada_pyramid:alpha_permille=500,beta=7,mode=floor_fill,rounding=authors", [](const auto& rule) {
+        if constexpr (std::is_same_v<std::remove_cvref_t<decltype(rule)>, AdaKV<Pyramid>>) {
+            CHECK(rule.alpha_permille == 500);
+            CHECK(rule.mode == AdaMode::floor_fill);
+            CHECK(rule.head_rounding == Rounding::exact);
+            CHECK(rule.layers.beta == 7);
+            CHECK(rule.layers.rounding == Rounding::authors);
+        } else {
+            FAIL("another rule");
+        }
+    });
+    const auto refusal = [&](std::string_view text) {
+        return test::failure<error::config_error>(
+            [&] { choose(text, [](const auto&) { FAIL("accepted"); }); });
+    };
+    CHECK(refusal("piramid") ==
+          "with_rule: rule is \"piramid\", want one of uniform, pyramid, ada, ada_pyramid");
+    CHECK(refusal("uniform:beta=1") == "uniform: parameter is \"beta\", want nothing: it has no parameters");
+    CHECK(refusal("pyramid:slope=1") == "pyramid: parameter is \"slope\", want one of beta, rounding");
 }

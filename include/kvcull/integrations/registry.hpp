@@ -1,5 +1,6 @@
 #pragma once
-/// Run-time choice of a policy over a list that the caller writes: "snapkv:window=16,pool=avg".
+/// Run-time choice of a policy or a budget rule over a list that the caller writes:
+/// "snapkv:window=16,pool=avg".
 
 #include <charconv>
 #include <concepts>
@@ -13,6 +14,7 @@
 
 #include "../base/error.hpp"
 #include "../score/concepts.hpp"
+#include "../select/budget.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
 
@@ -82,9 +84,16 @@ void set_field(P& policy, std::string_view key, std::string_view text) {
 
 }  // namespace detail
 
-/// Parameters of one policy from "key=value,key=value"; what is not named keeps its default.
-template <Policy P>
-[[nodiscard]] P parse_policy(std::string_view parameters) {
+/// Has a name and parameters: policies and most budget rules.
+template <class P>
+concept Named = std::default_initializable<P> && requires {
+    { P::name } -> std::convertible_to<std::string_view>;
+    P::fields();
+};
+
+/// Parameters of one policy or rule from "key=value,key=value"; what is not named keeps its default.
+template <Named P>
+[[nodiscard]] P parse_named(std::string_view parameters) {
     P policy{};
     while (!parameters.empty()) {
         const std::string_view item = parameters.substr(0, parameters.find(','));
@@ -97,24 +106,40 @@ template <Policy P>
     return policy;
 }
 
-/// Calls `use(policy)` with the policy of the list `Ps` that `text` ("name" or "name:key=value,..") names.
-/// @throws config_error for an unknown name, key or value; it lists what exists.
-template <Policy... Ps, class Use>
-void with_policy(std::string_view text, Use&& use) {
+namespace detail {
+template <class... Ps, class Use>
+void with_named(std::string_view where, std::string_view what, std::string_view text, Use&& use) {
     const std::string_view name = text.substr(0, text.find(':'));
     const std::string_view rest =
         name.size() == text.size() ? std::string_view{} : text.substr(name.size() + 1);
     std::string known;
     bool found = false;
     const auto take = [&]<class P>(std::type_identity<P>) {
-        detail::append_name(known, P::name);
+        append_name(known, P::name);
         if (found || name != P::name) return;
         found = true;
-        use(parse_policy<P>(rest));
+        use(parse_named<P>(rest));
     };
     (take(std::type_identity<Ps>{}), ...);
-    detail::check<error::config_error>(found, "with_policy", "policy", "\"" + std::string(name) + "\"",
-                                       known);
+    check<error::config_error>(found, where, what, "\"" + std::string(name) + "\"", known);
+}
+}  // namespace detail
+
+/// Parameters of one policy: see `parse_named`.
+template <Policy P>
+[[nodiscard]] P parse_policy(std::string_view parameters) {
+    return parse_named<P>(parameters);
+}
+/// Calls `use(policy)` with the policy of the list `Ps` that `text` ("name" or "name:key=value,..") names.
+/// @throws config_error for an unknown name, key or value; it lists what exists.
+template <Policy... Ps, class Use>
+void with_policy(std::string_view text, Use&& use) {
+    detail::with_named<Ps...>("with_policy", "policy", text, use);
+}
+/// The same for budget rules.
+template <BudgetRule... Rules, class Use>
+void with_rule(std::string_view text, Use&& use) {
+    detail::with_named<Rules...>("with_rule", "rule", text, use);
 }
 
 }  // namespace kvcull::inline KVCULL_ABI

@@ -8,6 +8,8 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
+#include <tuple>
 
 #include "../base/error.hpp"
 #include "../score/concepts.hpp"
@@ -67,6 +69,9 @@ concept HeadBudgetRule = BudgetRule<R> &&
 
 /// The same for every layer and head.
 struct Uniform {
+    static constexpr std::string_view name = "uniform";
+
+    static constexpr auto fields() { return std::tuple{}; }
     static void layer_sizes(std::size_t mean, std::size_t /*prompt*/, Protected /*policy*/,
                             std::span<std::size_t> out) noexcept {
         std::fill(out.begin(), out.end(), mean);

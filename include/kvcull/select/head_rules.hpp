@@ -134,16 +134,18 @@ struct AdaKV {
     static constexpr std::string_view name = ReadsPrompt<Layers> ? "ada_pyramid" : "ada";
     static constexpr bool reads_prompt = ReadsPrompt<Layers>;
     AdaMode mode = AdaMode::interpolate;
-    std::size_t alpha_permille = 200;     // 0: pure competition; 1000: even
-    bool normalize = false;               // interpolate only: see detail::Competition::damp
-    std::size_t skip = 0;                 // layers, from the first on, that stay even
-    Rounding rounding = Rounding::exact;  // interpolate only
+    std::size_t alpha_permille = 200;          // 0: pure competition; 1000: even
+    bool normalize = false;                    // interpolate only: see detail::Competition::damp
+    std::size_t skip = 0;                      // layers, from the first on, that stay even
+    Rounding head_rounding = Rounding::exact;  // interpolate only
     Layers layers = {};
 
     static constexpr auto fields() {
-        return std::tuple{Field{"mode", &AdaKV::mode}, Field{"alpha_permille", &AdaKV::alpha_permille},
-                          Field{"normalize", &AdaKV::normalize}, Field{"skip", &AdaKV::skip},
-                          Field{"rounding", &AdaKV::rounding}};
+        return std::tuple_cat(
+            std::tuple{Field{"mode", &AdaKV::mode}, Field{"alpha_permille", &AdaKV::alpha_permille},
+                       Field{"normalize", &AdaKV::normalize}, Field{"skip", &AdaKV::skip},
+                       Field{"head_rounding", &AdaKV::head_rounding}},
+            fields_of(&AdaKV::layers));
     }
     void layer_sizes(std::size_t mean, std::size_t prompt, Protected protect,
                      std::span<std::size_t> out) const {
@@ -185,7 +187,7 @@ struct AdaKV {
     }
     void interpolate(std::size_t places, std::span<std::size_t> out) const {
         const std::uint64_t competed = 1000 - alpha_permille, count = out.size();
-        if (rounding == Rounding::authors) {
+        if (head_rounding == Rounding::authors) {
             const std::uint64_t guard = alpha_permille * (places / count) / 1000;
             for (std::size_t& size : out) {
                 const std::uint64_t whole = competed * size / 1000, rest = competed * size % 1000;

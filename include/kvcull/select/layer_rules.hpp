@@ -92,6 +92,7 @@ struct BySensitivity {
     static constexpr std::string_view name = "sensitivity";
     std::vector<float> sensitivity;  // [layers], finite, >= 0, not all 0
 
+    static constexpr auto fields() { return std::tuple{}; }
     /// @throws config_error
     void layer_sizes(std::size_t mean, std::size_t /*prompt*/, Protected protect,
                      std::span<std::size_t> out) const {
