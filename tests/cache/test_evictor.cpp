@@ -422,7 +422,7 @@ TEST_CASE("an evictor is checked when it is made", "[contract]") {
     };
     CacheShape shape = small;
     REQUIRE(made(shape, H2O{}, {.tokens = 1}) == "no error");
-    REQUIRE(made(shape, H2O{}, {}) == "Budget: tokens is 0, want at least 1 (or a ratio)");
+    REQUIRE(made(shape, H2O{}, {}) == "Budget: tokens is 0, want at least 1 (or a ratio, or bytes)");
     REQUIRE(made(shape, H2O{}, {.tokens = 4, .ratio = 0.5}) ==
             "Budget: tokens and ratio is both given, want one of them");
     REQUIRE(made(shape, H2O{}, {.ratio = 1.5}) == "Budget: ratio is 1.500000, want in (0, 1]");

@@ -175,3 +175,17 @@ TEST_CASE("a rule that does not fit policy and budget is refused when the cache 
               KVCache(shape, H2O{.recent = 2}, {.tokens = 8, .sinks = 6}, AdaKV<>{});
           }) == "ada: budget is 8, want more than the 8 protected rows");
 }
+
+TEST_CASE("a budget of memory holds for the rows of all layers and heads, whatever divides it",
+          "[property]") {
+    const Stream stream = random_stream(shape, end, 7);
+    const std::size_t row = (shape.head_dim + shape.value_dim) * sizeof(float) + sizeof(position_t);
+    const Budget budget{.bytes = 6 * 12 * row + 11};
+    KVCache even(shape, H2O{.recent = 4}, budget);
+    KVCache ruled(shape, H2O{.recent = 4}, budget, AdaKV<Pyramid>{});
+    for (std::size_t i = 0; i < 6; ++i) REQUIRE(even.evictor().size(i / 2, i % 2) == 12);
+    feed_prompt(ruled, stream, 0, prompt, 60);
+    REQUIRE(sum(rows_of(ruled)) == 6 * 12);
+    CHECK_THROWS_AS(KVCache(shape, H2O{}, {.tokens = 8, .bytes = 10000}), error::config_error);
+    CHECK_THROWS_AS(KVCache(shape, H2O{}, {.bytes = 6 * row - 1}), error::config_error);
+}

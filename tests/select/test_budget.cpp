@@ -3,6 +3,7 @@
 #include <array>
 
 #include "support/catch.hpp"
+#include "support/failure.hpp"
 
 using namespace kvcull;
 
@@ -34,6 +35,21 @@ TEST_CASE("a budget is tokens or a ratio, in range", "[contract]") {
     CHECK_THROWS_AS(detail::check_budget({.tokens = 1, .ratio = 0.5}), config_error);
     CHECK_THROWS_AS(detail::check_budget({.ratio = -0.5}), config_error);
     CHECK_THROWS_AS(detail::check_budget({.ratio = 1.0001}), config_error);
+}
+
+TEST_CASE("a budget of memory is as many rows as fit, the same for all heads", "[contract]") {
+    CHECK(detail::in_tokens({.bytes = 6 * 40 * 7, .slack = 3}, 6, 40).tokens == 7);
+    CHECK(detail::in_tokens({.bytes = 6 * 40 * 7 - 1}, 6, 40).tokens == 6);
+    CHECK(detail::in_tokens({.bytes = 6 * 40 * 7, .slack = 3}, 6, 40).slack == 3);
+    CHECK(detail::in_tokens({.ratio = 0.5}, 6, 40).tokens == 0);
+    const auto refusal = [](const Budget& budget) {
+        return test::failure<error::config_error>([&] { (void)detail::in_tokens(budget, 6, 40); });
+    };
+    CHECK(refusal({.bytes = 239}) == "Budget: bytes is 239, want at least 240 for a row per head");
+    CHECK(refusal({.tokens = 1, .bytes = 240}) ==
+          "Budget: bytes is given beside tokens or a ratio, want one of them");
+    CHECK(refusal({.ratio = 0.1, .bytes = 240}) ==
+          "Budget: bytes is given beside tokens or a ratio, want one of them");
 }
 
 TEST_CASE("the uniform rule gives every layer the mean", "[property]") {

@@ -29,7 +29,10 @@ class Decision {
     };
 
     Decision(CacheShape cache, P method, Budget limits, Rule division)
-        : shape(checked(cache)), policy(std::move(method)), budget(limits), rule(std::move(division)) {
+        : shape(checked(cache)),
+          policy(std::move(method)),
+          budget(in_tokens(limits, shape.heads(), shape.row_bytes())),
+          rule(std::move(division)) {
         for (const Phase phase : {Phase::prompt, Phase::decode, Phase::probe})
             falls_due[static_cast<std::size_t>(phase)] =
                 may_fall_due(phase, false) || may_fall_due(phase, true);

@@ -27,8 +27,8 @@ class Evictor {
     /// @throws config_error if shape, policy, budget or their combination is not valid.
     explicit Evictor(CacheShape shape, P policy = {}, Budget budget = {}, Rule rule = {})
         : decision_(shape, std::move(policy), budget, std::move(rule)), live_(shape) {
-        if (budget.tokens > 0) {
-            decision_.resolve(live_, budget.tokens, 0);
+        if (decision_.budget.tokens > 0) {
+            decision_.resolve(live_, decision_.budget.tokens, 0);
         } else if constexpr (Checked<P>) {
             decision_.policy.check(unlimited);
         }

@@ -23,6 +23,10 @@ struct CacheShape {
     [[nodiscard]] constexpr std::size_t values() const noexcept {
         return value_dim == 0 ? head_dim : value_dim;
     }
+    /// Bytes of one row of one head: key, value and position.
+    [[nodiscard]] constexpr std::size_t row_bytes() const noexcept {
+        return (head_dim + values()) * size_of(dtype) + sizeof(position_t);
+    }
     [[nodiscard]] float logit_scale() const noexcept {
         return scale != 0.0F ? scale : 1.0F / std::sqrt(static_cast<float>(head_dim));
     }

@@ -17,10 +17,14 @@
 
 namespace kvcull::inline KVCULL_ABI {
 
-/// Rows per KV head after an eviction, as a number or as a share of the prompt: exactly one of the two.
+/// Rows per KV head after an eviction, as a number, as a share of the prompt or as memory: exactly one of
+/// them.
 struct Budget {
     std::size_t tokens = 0;  // >= 1
     double ratio = 0.0;      // in (0, 1]: tokens = floor(ratio * tokens seen at the prompt's end), at least 1
+    /// Of keys, values and positions of all layers and heads: tokens = floor(bytes / (heads * row bytes)).
+    /// What a block's last rows leave empty, and the policy's state, come on top.
+    std::size_t bytes = 0;
     /// Rows above the budget that are let be before a default policy evicts (a high watermark): evictions
     /// come `slack + 1` tokens apart and the longest head has `budget + slack` rows between steps.
     std::size_t slack = 0;
@@ -33,9 +37,20 @@ inline void check_budget(const Budget& budget) {
     check<error::config_error>(budget.tokens == 0 || budget.ratio == 0.0, "Budget", "tokens and ratio",
                                "both given", "one of them");
     check<error::config_error>(budget.tokens > 0 || budget.ratio != 0.0, "Budget", "tokens", budget.tokens,
-                               "at least 1 (or a ratio)");
+                               "at least 1 (or a ratio, or bytes)");
     check<error::config_error>(budget.tokens > 0 || (budget.ratio > 0.0 && budget.ratio <= 1.0), "Budget",
                                "ratio", budget.ratio, "in (0, 1]");
+}
+/// A budget of memory as one of tokens; others are left alone.
+[[nodiscard]] inline Budget in_tokens(Budget budget, std::size_t heads, std::size_t row_bytes) {
+    if (budget.bytes == 0) return budget;
+    check<error::config_error>(budget.tokens == 0 && budget.ratio == 0.0, "Budget", "bytes",
+                               "given beside tokens or a ratio", "one of them");
+    check<error::config_error>(budget.bytes >= heads * row_bytes, "Budget", "bytes", budget.bytes,
+                               text("at least ", heads * row_bytes, " for a row per head"));
+    budget.tokens = budget.bytes / (heads * row_bytes);
+    budget.bytes = 0;
+    return budget;
 }
 }  // namespace detail
 
