@@ -189,3 +189,14 @@ TEST_CASE("a budget of memory holds for the rows of all layers and heads, whatev
     CHECK_THROWS_AS(KVCache(shape, H2O{}, {.tokens = 8, .bytes = 10000}), error::config_error);
     CHECK_THROWS_AS(KVCache(shape, H2O{}, {.bytes = 6 * row - 1}), error::config_error);
 }
+
+TEST_CASE("heads that keep the same rows are not divided", "[contract]") {
+    const Stream stream = random_stream(shape, end, 8);
+    KVCache cache(shape, Tova{}, {.tokens = 12}, AdaKV<>{.alpha_permille = 0});
+    feed_prompt(cache, stream, 0, prompt, 13);
+    feed_decode(cache, stream, prompt, end);
+    for (std::size_t i = 0; i < 6; ++i) {
+        REQUIRE(cache.rows(i / 2, i % 2) == 12);
+        REQUIRE(cache.evictor().size(i / 2, i % 2) == 12);
+    }
+}

@@ -153,6 +153,30 @@ TEST_CASE("ragged heads keep their total, whatever is cached of each", "[propert
         }
 }
 
+TEST_CASE("of equal scores the later position wins, then the lower head", "[contract]") {
+    const Layer layer({std::vector(5, 1.0F), std::vector(6, 1.0F)}, 4, {});
+    // Eight places: 5, then 4, 3 and 2 of both heads, then one of the two rows at 1.
+    REQUIRE(divide(AdaKV<>{.alpha_permille = 0}, layer, 4) == std::vector<std::size_t>{4, 4});
+}
+
+TEST_CASE("places that no row wants are shared evenly", "[contract]") {
+    const Layer layer({{3, 2, 1}, {9, 8, 7}}, 10, {0, 1});
+    for (const AdaMode mode : modes)
+        REQUIRE(divide(AdaKV<>{.mode = mode}, layer, 10) == std::vector<std::size_t>{10, 10});
+}
+
+TEST_CASE("heads rounded as the authors do round a half to the even number", "[contract]") {
+    const auto sizes = [](std::size_t mean, std::size_t second_head_wins) {
+        std::vector<float> second(20, 0.0F);
+        std::fill_n(second.begin(), second_head_wins, 5.0F);
+        const Layer layer({std::vector(20, 1.0F), second}, mean, {});
+        return divide(AdaKV<>{.alpha_permille = 500, .head_rounding = Rounding::authors}, layer, mean);
+    };
+    REQUIRE(sizes(3, 1) == std::vector<std::size_t>{4, 2});  // 3.5 and 1.5
+    REQUIRE(sizes(4, 1) == std::vector<std::size_t>{6, 2});  // 5.5 and 2.5
+    REQUIRE(sizes(3, 0) == std::vector<std::size_t>{4, 1});  // one short
+}
+
 TEST_CASE("layers that are skipped stay even", "[contract]") {
     const Layer layer = random_layer(5, 3, 50, 10, {});
     const AdaKV<> rule{.skip = 2};
