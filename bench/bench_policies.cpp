@@ -32,9 +32,10 @@ class Head {
           out_(n),
           position_(n) {
         std::iota(position_.begin(), position_.end(), position_t{0});
+        const std::size_t before = n - prompt_tile;
+        resize_state(state_, before);
+        policy_.observe(state_, base(before, before, Phase::prompt));
         resize_state(state_, n);
-        HeadStep begin = base(n - prompt_tile, n - prompt_tile, Phase::prompt);
-        policy_.observe(state_, begin);
         run(Phase::prompt, prompt_tile, [&](const HeadStep& step) { policy_.observe(state_, step); });
     }
 
