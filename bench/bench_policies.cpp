@@ -33,6 +33,7 @@ class Head {
           position_(n) {
         std::iota(position_.begin(), position_.end(), position_t{0});
         const std::size_t before = n - prompt_tile;
+        reserve_state(state_, n);
         resize_state(state_, before);
         policy_.observe(state_, base(before, before, Phase::prompt));
         resize_state(state_, n);
