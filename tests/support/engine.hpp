@@ -16,7 +16,8 @@
 #include "kvcull/simd/kernels.hpp"
 #include "support/random.hpp"
 
-namespace kvcull::test {
+// Apart from support/foreign.hpp, which has a Stream of its own: both may meet in one program.
+namespace kvcull::test::inline engines {
 
 /// q, k, v of every token of a sequence, `[layers, heads, tokens, dim]`.
 struct Stream {
@@ -271,4 +272,4 @@ void for_each_driver(const CacheShape& shape, const P& policy, const Budget& bud
     }
 }
 
-}  // namespace kvcull::test
+}  // namespace kvcull::test::inline engines
