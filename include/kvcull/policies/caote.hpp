@@ -42,8 +42,7 @@ struct Caote {
         RowPlanes<float> squares;  // `fast`: squared distances from the mean, of the newest step that evicts
         RunningSum values;         // `fast`: [value_dim]
         std::vector<float> mean;   // of this call's values, while attention reads them
-        std::size_t measured = RunningSum::stale;  // rows that `squares` is true for
-        bool entered = false;                      // the call's values are in the sum already
+        ReadAlong read;            // whether `squares` is true
 
         [[nodiscard]] auto arrays() noexcept { return std::tuple_cat(base.arrays(), std::tie(squares)); }
     };
@@ -89,25 +88,18 @@ struct Caote {
     [[nodiscard]] bool reads_values(State& state, const HeadStep& step) const {
         if (!fast || !step.evicts) return false;
         enter(state, step);
-        state.entered = true;
-        state.measured = RunningSum::stale;
+        state.read.begin();
         if (!state.values.knows(step.n())) return false;
         write_mean(state.values, step.n(), state.mean);
         return true;
     }
     void read_values(State& state, const HeadStep& step, const RowsView::Run& piece) const {
-        if (!state.entered || state.values.rows != step.n()) return;
         detail::distances(*step.kernels, state.mean.data(), 0, 1, step.cached.v, piece, nullptr, 0,
                           state.squares[0].data() + piece.first, 0);
-        if (piece.first + piece.rows == step.n()) state.measured = step.n();
+        state.read.read(piece, step.n());
     }
     void observe(State& state, const HeadStep& step) const {
-        if (fast && step.phase != Phase::probe && step.first_tile) {
-            if (!std::exchange(state.entered, false)) {
-                enter(state, step);
-                state.measured = RunningSum::stale;
-            }
-        }
+        if (fast && step.phase != Phase::probe && step.first_tile && state.read.missed()) enter(state, step);
         base.observe(state.base, step);
     }
     void score(const State& state, const HeadStep& step, std::span<float> out) const {
@@ -186,13 +178,10 @@ struct Caote {
     void forget(State& state, const HeadStep& step, std::span<const index_t> keep) const {
         if constexpr (Forgets<Base>) base.forget(state.base, step, keep);
         if (!fast) return;
-        const bool known = state.values.knows(step.n());
-        if (!known) state.values.reset(step.cached.v.dim());
-        for_each_row_of(step.cached.v, *step.workspace, keep, !known,
-                        [&](std::size_t, std::span<const float> value) {
-                            state.values.add(0, known ? -1.0 : 1.0, value);
-                        });
-        state.values.rows = keep.size();
+        state.values.shrink(step.cached.v, *step.workspace, keep,
+                            [&](std::size_t, double sign, std::span<const float> value) {
+                                state.values.add(0, sign, value);
+                            });
     }
 
   private:
@@ -213,19 +202,14 @@ struct Caote {
     }
     /// The call's values join the sum, if it is true for the rows before them.
     void enter(State& state, const HeadStep& step) const {
-        const std::size_t before = step.n() - step.added;
         if (state.squares.planes() == 0) {
             state.squares.set_planes(1, step.n());
             state.values.reset(step.cached.v.dim());
             state.mean.resize(step.cached.v.dim());
         }
-        if (state.values.rows != before) {
-            state.values.rows = RunningSum::stale;
-            return;
-        }
-        for_each_row(step.cached.v, before, *step.workspace,
-                     [&](std::size_t, std::span<const float> value) { state.values.add(0, 1.0, value); });
-        state.values.rows = step.n();
+        if (state.values.grow(step))
+            for_each_row(step.cached.v, step.n() - step.added, *step.workspace,
+                         [&](std::size_t, std::span<const float> value) { state.values.add(0, 1.0, value); });
     }
     static void write_mean(const RunningSum& values, std::size_t n, std::span<float> out) {
         for (std::size_t c = 0; c < out.size(); ++c)
@@ -236,7 +220,7 @@ struct Caote {
                                      std::span<float> spare) const {
         const std::size_t n = step.n();
         Centre centre{.points = {mean.data(), 1, mean.size()}, .plain = true};
-        if (state.measured == n) {
+        if (state.read.knows(n)) {
             centre.squares = state.squares[0];
         } else if (state.values.knows(n)) {
             write_mean(state.values, n, mean);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "../score/concepts.hpp"
@@ -23,8 +22,7 @@ struct KeyDiff {
         RowArray<float> product;    // key * direction of the mean, of the newest step that evicts
         RunningSum units;           // [head_dim]
         std::vector<float> anchor;  // [head_dim]: that direction, while attention reads the keys
-        std::size_t measured = RunningSum::stale;  // rows that `product` is true for
-        bool entered = false;                      // the call's keys are in the sum already
+        ReadAlong read;             // whether `product` is true
 
         [[nodiscard]] auto arrays() noexcept { return std::tie(inverse, product); }
     };
@@ -43,24 +41,21 @@ struct KeyDiff {
     static bool reads_keys(State& state, const HeadStep& step) {
         if (!step.evicts) return false;
         enter(state, step);
-        state.entered = true;
-        state.measured = RunningSum::stale;
+        state.read.begin();
         return find_anchor(state.units, step, state.anchor);
     }
     static void read_keys(State& state, const HeadStep& step, const RowsView::Run& piece) {
         detail::dots(*step.kernels, state.anchor.data(), 0, 1, step.cached.k, piece, 1.0F,
                      state.product.values().data() + piece.first, 0);
-        if (piece.first + piece.rows == step.n()) state.measured = step.n();
+        state.read.read(piece, step.n());
     }
     static void observe(State& state, const HeadStep& step) {
-        if (step.phase == Phase::probe || !step.first_tile || std::exchange(state.entered, false)) return;
-        enter(state, step);
-        state.measured = RunningSum::stale;
+        if (step.phase != Phase::probe && step.first_tile && state.read.missed()) enter(state, step);
     }
     static void score(const State& state, const HeadStep& step, std::span<float> out) {
         const std::span<const float> inverse = state.inverse.values();
         const std::size_t dim = step.cached.k.dim();
-        if (state.measured == step.n()) {
+        if (state.read.knows(step.n())) {
             for (std::size_t j = 0; j < out.size(); ++j) out[j] = -state.product[j] * inverse[j];
             return;
         }
@@ -78,30 +73,25 @@ struct KeyDiff {
         for (std::size_t j = 0; j < out.size(); ++j) out[j] *= inverse[j];
     }
     static void forget(State& state, const HeadStep& step, std::span<const index_t> keep) {
-        const bool known = state.units.knows(step.n());
-        if (!known) state.units.reset(step.cached.k.dim());
-        for_each_row_of(step.cached.k, *step.workspace, keep, !known,
-                        [&](std::size_t j, std::span<const float> key) {
-                            const auto length = static_cast<double>(state.inverse[j]);
-                            state.units.add(0, known ? -length : length, key);
-                        });
-        state.units.rows = keep.size();
+        state.units.shrink(step.cached.k, *step.workspace, keep,
+                           [&](std::size_t j, double sign, std::span<const float> key) {
+                               state.units.add(0, sign * static_cast<double>(state.inverse[j]), key);
+                           });
     }
 
   private:
     /// Norms of the call's keys; they join the sum, if it is true for the rows before them.
     static void enter(State& state, const HeadStep& step) {
-        const std::size_t before = step.n() - step.added, dim = step.cached.k.dim();
         if (state.anchor.empty()) {
-            state.units.reset(dim);
-            state.anchor.resize(dim);
+            state.units.reset(step.cached.k.dim());
+            state.anchor.resize(step.cached.k.dim());
         }
-        const bool known = state.units.rows == before;
-        for_each_row(step.cached.k, before, *step.workspace, [&](std::size_t j, std::span<const float> key) {
-            state.inverse[j] = inverse_norm(*step.kernels, key);
-            if (known) state.units.add(0, static_cast<double>(state.inverse[j]), key);
-        });
-        state.units.rows = known ? step.n() : RunningSum::stale;
+        const bool known = state.units.grow(step);
+        for_each_row(step.cached.k, step.n() - step.added, *step.workspace,
+                     [&](std::size_t j, std::span<const float> key) {
+                         state.inverse[j] = inverse_norm(*step.kernels, key);
+                         if (known) state.units.add(0, static_cast<double>(state.inverse[j]), key);
+                     });
     }
     /// Direction of the mean of unit keys, if that is known.
     static bool find_anchor(const RunningSum& units, const HeadStep& step, std::span<float> out) {

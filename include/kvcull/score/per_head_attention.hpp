@@ -60,7 +60,7 @@ struct PerHeadAttention {
     [[nodiscard]] constexpr Needs needs(Phase phase) const { return accumulation().needs(phase); }
 
     void observe(State& state, const HeadStep& step) const {
-        const std::size_t before = step.n() - step.added, dim = step.cached.v.dim();
+        const std::size_t dim = step.cached.v.dim();
         if (state.mass.planes() == 0) {
             state.mass.set_planes(step.group, step.n());
             state.output.reset(step.group * dim);
@@ -71,10 +71,10 @@ struct PerHeadAttention {
                 for (std::size_t g = 0; g < step.group; ++g)
                     std::fill(state.mass[g].begin(), state.mass[g].end(), 0.0F);
                 state.output.reset(step.group * dim);
-            } else if (state.output.rows != before) {
-                state.output.rows = RunningSum::stale;
+                state.output.rows = step.n();
+            } else {
+                state.output.grow(step);
             }
-            if (state.output.rows != RunningSum::stale) state.output.rows = step.n();
         }
         if (step.output.empty() || pools()) state.output.rows = RunningSum::stale;
         for (std::size_t r = 0; r < step.attention.rows; ++r) {
@@ -112,16 +112,12 @@ struct PerHeadAttention {
     void forget(State& state, const HeadStep& step, std::span<const index_t> keep) const {
         if (pools() || base == Rows::tova) return;  // never known; forgotten anyway
         const std::size_t dim = step.cached.v.dim();
-        const bool known = state.output.knows(step.n());
-        if (!known) state.output.reset(step.group * dim);
-        for_each_row_of(step.cached.v, *step.workspace, keep, !known,
-                        [&](std::size_t j, std::span<const float> value) {
-                            for (std::size_t g = 0; g < step.group; ++g) {
-                                const auto mass = static_cast<double>(state.mass[g][j]);
-                                state.output.add(g * dim, known ? -mass : mass, value);
-                            }
-                        });
-        state.output.rows = keep.size();
+        state.output.shrink(step.cached.v, *step.workspace, keep,
+                            [&](std::size_t j, double sign, std::span<const float> value) {
+                                for (std::size_t g = 0; g < step.group; ++g)
+                                    state.output.add(g * dim, sign * static_cast<double>(state.mass[g][j]),
+                                                     value);
+                            });
     }
 
   private:

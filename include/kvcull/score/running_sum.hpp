@@ -3,12 +3,33 @@
 
 #include <cstddef>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "../base/memory.hpp"
 #include "concepts.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
+
+/// Calls `visit(index, widened row)` for the rows that are not in `keep`, ascending, or for those that are.
+template <class Visit>
+void for_each_row_of(const RowsView& rows, Scratch<float>& workspace, std::span<const index_t> keep,
+                     bool kept, const Visit& visit) {
+    const std::span<float> wide(workspace.get(rows.dim()), rows.dim());
+    const auto show = [&](std::size_t j) {
+        rows.widen(j, wide);
+        visit(j, std::span<const float>(wide));
+    };
+    std::size_t j = 0;
+    for (const index_t stays : keep) {
+        for (; j < static_cast<std::size_t>(stays); ++j)
+            if (!kept) show(j);
+        if (kept) show(j);
+        ++j;
+    }
+    for (; j < rows.rows(); ++j)
+        if (!kept) show(j);
+}
 
 /// A sum over a head's rows that is kept up while rows come and go, so that nobody has to read them all.
 struct RunningSum {
@@ -31,26 +52,48 @@ struct RunningSum {
             if (const auto narrow = static_cast<float>(x); !is_finite(narrow)) return false;
         return true;
     }
+    /// The rows of a call come: @returns whether they are to be added, as the sum is true for those before.
+    bool grow(const HeadStep& step) noexcept {
+        const bool known = rows == step.n() - step.added;
+        rows = known ? step.n() : stale;
+        return known;
+    }
+    /// All rows but `keep` leave: `add(index, sign, row)` adds one of `held` with a sign. What is not known
+    /// is summed anew over what stays.
+    template <class Add>
+    void shrink(const RowsView& held, Scratch<float>& workspace, std::span<const index_t> keep,
+                const Add& add) {
+        const bool known = knows(held.rows());
+        if (!known) reset(sum.size());
+        for_each_row_of(held, workspace, keep, !known,
+                        [&](std::size_t j, std::span<const float> row) { add(j, known ? -1.0 : 1.0, row); });
+        rows = keep.size();
+    }
 };
 
-/// Calls `visit(index, widened row)` for the rows that are not in `keep`, ascending, or for those that are.
-template <class Visit>
-void for_each_row_of(const RowsView& rows, Scratch<float>& workspace, std::span<const index_t> keep,
-                     bool kept, const Visit& visit) {
-    const std::span<float> wide(workspace.get(rows.dim()), rows.dim());
-    const auto show = [&](std::size_t j) {
-        rows.widen(j, wide);
-        visit(j, std::span<const float>(wide));
-    };
-    std::size_t j = 0;
-    for (const index_t stays : keep) {
-        for (; j < static_cast<std::size_t>(stays); ++j)
-            if (!kept) show(j);
-        if (kept) show(j);
-        ++j;
+/// Whether numbers that a policy takes while attention reads the rows are those of the rows held now.
+class ReadAlong {
+  public:
+    /// A pass begins, and the call's rows have been taken in before it.
+    void begin() noexcept {
+        began_ = true;
+        rows_ = RunningSum::stale;
     }
-    for (; j < rows.rows(); ++j)
-        if (!kept) show(j);
-}
+    /// Numbers of `piece` are taken.
+    void read(const RowsView::Run& piece, std::size_t n) noexcept {
+        if (piece.first + piece.rows == n) rows_ = n;
+    }
+    /// In `observe`: @returns whether no pass began in this call, so that its rows are still to be taken in.
+    bool missed() noexcept {
+        if (std::exchange(began_, false)) return false;
+        rows_ = RunningSum::stale;
+        return true;
+    }
+    [[nodiscard]] bool knows(std::size_t held) const noexcept { return rows_ == held; }
+
+  private:
+    std::size_t rows_ = RunningSum::stale;
+    bool began_ = false;
+};
 
 }  // namespace kvcull::inline KVCULL_ABI
