@@ -17,10 +17,11 @@ class NamedRule {
   public:
     static constexpr bool reads_prompt = true;
 
-    NamedRule() = default;
+    /// `text` empty: uniform.
     /// @throws kvcull::error::config_error for an unknown name, key or value; it lists what exists
     explicit NamedRule(const std::string& text) {
         using namespace kvcull;
+        if (text.empty()) return;
         with_rule<Uniform, Pyramid, AdaKV<>, AdaKV<Pyramid>>(text, [&](auto rule) { rule_ = rule; });
     }
 
@@ -40,18 +41,12 @@ class NamedRule {
             rule_);
     }
 
+    [[nodiscard]] bool divides_heads() const {
+        return std::visit([](const auto& rule) { return kvcull::divides_heads(rule); }, rule_);
+    }
+
   private:
     std::variant<kvcull::Uniform, kvcull::Pyramid, kvcull::AdaKV<>, kvcull::AdaKV<kvcull::Pyramid>> rule_;
 };
-
-/// Calls `use(rule)` with the rule that `text` names; none for an empty text, so that heads which need no
-/// rule reserve no more than they can hold.
-template <class Use>
-void with_rule(const std::string& text, Use&& use) {
-    if (text.empty())
-        use(kvcull::Uniform{});
-    else
-        use(NamedRule(text));
-}
 
 }  // namespace examples

@@ -137,10 +137,10 @@ class MassMeter {
     std::vector<kvcull::Visible> visible_;
 };
 
-template <class Policy, class Rule>
-Outcome run(const Trace& trace, Policy policy, const Rule& rule, const Setting& setting, std::size_t chunk) {
+template <class Policy>
+Outcome run(const Trace& trace, Policy policy, const Setting& setting, std::size_t chunk) {
     const kvcull::CacheShape& shape = trace.shape;
-    Player some(trace, std::move(policy), setting.budget, rule);
+    Player some(trace, std::move(policy), setting.budget, examples::NamedRule(setting.rule));
     Player full(trace, kvcull::Full{}, {.tokens = 1});
     MassMeter meter(trace, full.cache());
     Measure error, mass;
@@ -195,17 +195,14 @@ Outcome run(const Trace& trace, Policy policy, const Rule& rule, const Setting& 
 
 void check(const Trace& trace, const Setting& setting) {
     examples::NamedPolicies::with(setting.policy, [&](auto policy) {
-        examples::with_rule(setting.rule,
-                            [&](const auto& rule) { Player(trace, policy, setting.budget, rule); });
+        Player(trace, std::move(policy), setting.budget, examples::NamedRule(setting.rule));
     });
 }
 
 Outcome run(const Trace& trace, const Setting& setting, std::size_t chunk) {
     Outcome outcome;
-    examples::NamedPolicies::with(setting.policy, [&](auto policy) {
-        examples::with_rule(setting.rule,
-                            [&](const auto& rule) { outcome = run(trace, policy, rule, setting, chunk); });
-    });
+    examples::NamedPolicies::with(
+        setting.policy, [&](auto policy) { outcome = run(trace, std::move(policy), setting, chunk); });
     return outcome;
 }
 

@@ -104,10 +104,9 @@ void parallel_for(std::size_t threads, std::size_t count, Body&& body) {
 
 void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens) {
     examples::NamedPolicies::with(setting.policy, [&](auto policy) {
-        examples::with_rule(setting.rule, [&](const auto& rule) {
-            kvcull::KVCache cache(shape_of(model), policy, setting.budget, rule);
-            cache.begin_prompt(prompt_tokens);
-        });
+        kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget,
+                              examples::NamedRule(setting.rule));
+        cache.begin_prompt(prompt_tokens);
     });
 }
 
@@ -115,10 +114,9 @@ Outcome run_case(const Llama& model, const Setting& setting, const Case& example
                  kvcull::BlockPool& pool) {
     Outcome outcome;
     examples::NamedPolicies::with(setting.policy, [&](auto policy) {
-        examples::with_rule(setting.rule, [&](const auto& rule) {
-            kvcull::KVCache cache(shape_of(model), policy, setting.budget, pool, rule);
-            outcome = run(model, example, chunk, cache);
-        });
+        kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget, pool,
+                              examples::NamedRule(setting.rule));
+        outcome = run(model, example, chunk, cache);
     });
     return outcome;
 }

@@ -175,7 +175,8 @@ class Decision {
                                    protection(size, coming)});
         }
         if constexpr (HeadBudgetRule<Rule>)
-            if (phase == Phase::prompt && coming == 0 && scope() == Scope::head) divide(live, span);
+            if (divides_heads(rule) && phase == Phase::prompt && coming == 0 && scope() == Scope::head)
+                divide(live, span);
         const auto add = [&](std::size_t i, std::span<const index_t> keep) {
             plan.add((first + i) / shape.kv_heads, (first + i) % shape.kv_heads, live.rows[first + i], keep,
                      compaction);

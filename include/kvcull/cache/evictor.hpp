@@ -219,8 +219,8 @@ class Evictor {
         const Needs needs = policy().needs(live_.phase);
         const auto span = decision_.layer(layer);
         const Moment moment = moment_after(q.tokens);
-        const bool evicts = !decides_late<P> && !decision_.pools_model() && !pauses(layer, moment) &&
-                            decision_.due_now(live_, span, moment);
+        const bool evicts =
+            decides_per_layer() && !pauses(layer, moment) && decision_.due_now(live_, span, moment);
         decision_.workers.for_each_head(shape().kv_heads, [&](std::size_t h, detail::TileScratch& scratch) {
             HeadStep head = decision_.head_step(live_, flat(layer, h), cached[h], scratch);
             head.added = q.tokens;
@@ -232,7 +232,7 @@ class Evictor {
         live_.stepped[layer] = 1;
         live_.call_next = previous + 1;
         plan_.clear();
-        if (!decides_late<P> && !decision_.pools_model()) decide(span, cached, moment);
+        if (decides_per_layer()) decide(span, cached, moment);
         decision_.forget(live_, cached, plan_);
         live_.commit(plan_);
         return plan_;
@@ -327,7 +327,7 @@ class Evictor {
                                   });
         });
         plan_.clear();
-        if (!decides_late<P> && !decision_.pools_model())
+        if (decides_per_layer())
             decide(decision_.layer(layer), cached, {.phase = Phase::probe, .seen = live_.seen});
         live_.commit(plan_);
         return plan_;
@@ -413,8 +413,8 @@ class Evictor {
     [[nodiscard]] bool may_evict(std::size_t index, std::size_t coming) const {
         if (Lookahead<P> || live_.hold || !decision_.falls_due[static_cast<std::size_t>(live_.phase)])
             return false;
-        if constexpr (HeadBudgetRule<Rule>)
-            if (live_.phase == Phase::prompt) return true;  // its size may become smaller
+        if (divides_heads(decision_.rule) && live_.phase == Phase::prompt)
+            return true;  // its size may become smaller
         return decision_.scope() == Scope::layer_pooled || decision_.pools_model() ||
                live_.rows[index] + coming > live_.sizes[index];
     }
@@ -422,7 +422,8 @@ class Evictor {
     [[nodiscard]] std::size_t rows_after(std::size_t index, std::size_t coming) const {
         const std::size_t rows = live_.rows[index] + coming, layer = index / shape().kv_heads;
         const bool by_itself = decision_.scope() == Scope::head || decision_.scope() == Scope::layer_shared;
-        if (!by_itself || HeadBudgetRule<Rule> || decides_late<P> || rows <= live_.sizes[index]) return rows;
+        if (!by_itself || divides_heads(decision_.rule) || decides_late<P> || rows <= live_.sizes[index])
+            return rows;
         const Moment moment = moment_after(coming);
         return pauses(layer, moment) || !decision_.due_now(live_, decision_.layer(layer), moment, coming)
                    ? rows
@@ -468,6 +469,8 @@ class Evictor {
             check_cached(where, layer, cached.layer(layer), 0);
     }
 
+    /// Whether a layer decides at the end of its own call.
+    [[nodiscard]] bool decides_per_layer() const { return !decides_late<P> && !decision_.pools_model(); }
     /// Adds what one span keeps to the plan, if it is time.
     void decide(typename detail::Decision<P, Rule>::Span span, std::span<const HeadView> views,
                 const Moment& moment) {

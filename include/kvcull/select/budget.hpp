@@ -82,6 +82,13 @@ concept HeadBudgetRule = BudgetRule<R> &&
     rule.head_sizes(layer, heads, size, out);  // size: mean rows per head; out[heads]
 };
 
+/// Whether `rule` divides over heads: one chosen at run time says so by `divides_heads()`.
+template <BudgetRule R>
+[[nodiscard]] constexpr bool divides_heads(const R& rule) {
+    if constexpr (requires { rule.divides_heads(); }) return rule.divides_heads();
+    return HeadBudgetRule<R>;
+}
+
 /// The same for every layer and head.
 struct Uniform {
     static constexpr std::string_view name = "uniform";
