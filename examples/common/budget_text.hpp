@@ -1,12 +1,15 @@
 #pragma once
 /// Budgets as they are typed and printed: `96` rows per KV head, or `0.25` of the prompt.
 
+#include <algorithm>
 #include <charconv>
+#include <cstddef>
 #include <kvcull/base/error.hpp>
 #include <kvcull/select/budget.hpp>
 #include <sstream>
 #include <string>
 #include <system_error>
+#include <vector>
 
 namespace examples {
 
@@ -31,6 +34,15 @@ namespace examples {
     std::ostringstream out;
     out << budget.ratio;
     return out.str();
+}
+
+/// The budget that a picture of kept tokens is drawn for: the second smallest shows the most, as the smallest
+/// keeps next to nothing.
+[[nodiscard]] inline kvcull::Budget telling_budget(std::vector<kvcull::Budget> budgets, std::size_t prompt) {
+    std::sort(budgets.begin(), budgets.end(), [&](const kvcull::Budget& a, const kvcull::Budget& b) {
+        return budget_tokens(a, prompt) < budget_tokens(b, prompt);
+    });
+    return budgets[budgets.size() > 1 ? 1 : 0];
 }
 
 }  // namespace examples

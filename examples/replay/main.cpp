@@ -1,24 +1,21 @@
 /// kvcull-replay: any policy over a recorded trace of q, k and v.
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
-#include <cstdio>
 #include <iostream>
 
 #include "../common/budget_text.hpp"
 #include "../common/gnuplot.hpp"
-#include "../common/named_policies.hpp"
+#include "../common/program.hpp"
 #include "report.hpp"
 
 namespace {
 
 namespace fs = std::filesystem;
 
-struct Options {
-    std::string trace, rule, json, kept, out;
-    std::vector<std::string> policies = examples::NamedPolicies::names();
-    std::vector<std::string> budgets{"192", "96", "48"};
-    std::size_t chunk = 0;
+struct Options : examples::Comparison {
+    std::string trace, json, kept, out;
+
+    Options() { budgets = {"192", "96", "48"}; }
 };
 
 constexpr const char* measures =
@@ -37,17 +34,7 @@ constexpr const char* measures =
 void add_options(CLI::App& app, Options& options) {
     app.add_option("TRACE", options.trace, "A trace: docs/traces.md has the layout, kvcull-record writes one")
         ->required();
-    app.add_option("--policy", options.policies, "NAME or NAME:key=value,...; repeatable (default: all)")
-        ->allow_extra_args(false);
-    app.add_option("--budget", options.budgets,
-                   "Tokens per KV head, or below 1 the ratio of the prompt; several by commas")
-        ->delimiter(',')
-        ->capture_default_str();
-    app.add_option("--rule", options.rule,
-                   "How layers and heads divide the budget: NAME or NAME:key=value,... (default: evenly)");
-    app.add_option("--chunk", options.chunk, "Prompt tokens per call; 0: the whole prompt at once")
-        ->check(CLI::Range(0, 1'000'000'000))
-        ->capture_default_str();
+    examples::add_options(app, options);
     app.add_option("--json", options.json, "File for the numbers");
     app.add_option("--kept", options.kept, "Safetensors file for the tokens kept, per layer, head and step");
     app.add_option("--out", options.out, "Folder for the pictures error.svg and kept.svg");
@@ -81,19 +68,15 @@ void draw(const fs::path& folder, const replay::Trace& trace, const std::vector<
         return;
     }
     write_error_svg(folder / "error.svg", trace, runs);
-    // the second smallest budget shows the most: the smallest keeps next to nothing
     std::vector<kvcull::Budget> budgets;
     for (const replay::Outcome& run : runs)
         if (run.setting.policy == runs.front().setting.policy) budgets.push_back(run.setting.budget);
-    std::sort(budgets.begin(), budgets.end(), [&](const kvcull::Budget& a, const kvcull::Budget& b) {
-        return budget_tokens(a, trace.prompt) < budget_tokens(b, trace.prompt);
-    });
-    write_kept_svg(folder / "kept.svg", trace, runs, budgets[budgets.size() > 1 ? 1 : 0]);
+    write_kept_svg(folder / "kept.svg", trace, runs, examples::telling_budget(budgets, trace.prompt));
     std::cout << "pictures: " << (folder / "error.svg").string() << ' ' << (folder / "kept.svg").string()
               << '\n';
 }
 
-int run(const Options& options) {
+void run(const Options& options) {
     const replay::Trace trace = replay::read_trace(options.trace);
     const std::vector<replay::Setting> settings = settings_of(options, trace);
     for (const std::string& file : {options.json, options.kept}) make_folder_of(file);
@@ -108,7 +91,6 @@ int run(const Options& options) {
     if (!options.json.empty()) write_json(options.json, options.trace, trace, runs);
     if (!options.kept.empty()) write_kept(options.kept, trace, runs);
     if (!options.out.empty()) draw(options.out, trace, runs);
-    return 0;
 }
 
 }  // namespace
@@ -118,13 +100,5 @@ int main(int argc, char** argv) {
                  "kvcull-replay");
     Options options;
     add_options(app, options);
-    try {
-        app.parse(argc, argv);
-        return run(options);
-    } catch (const CLI::Error& e) {
-        return app.exit(e);
-    } catch (const std::exception& e) {
-        std::cerr << "kvcull-replay: " << e.what() << '\n';
-        return 1;
-    }
+    return examples::run_program(app, argc, argv, [&] { run(options); });
 }

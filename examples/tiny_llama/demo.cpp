@@ -7,19 +7,19 @@
 #include <thread>
 
 #include "../common/budget_text.hpp"
-#include "../common/named_policies.hpp"
+#include "../common/program.hpp"
 #include "report.hpp"
 
 namespace {
 
 using namespace tiny_llama;
 
-struct Options {
-    std::string model = TINY_LLAMA_MODEL_DIR, rule, json, out = ".";
+struct Options : examples::Comparison {
+    std::string model = TINY_LLAMA_MODEL_DIR, json, out = ".";
     std::vector<std::string> tasks;
-    std::vector<std::string> policies = examples::NamedPolicies::names();
-    std::vector<std::string> budgets{"384", "192", "96", "48"};
-    std::size_t chunk = 0, cases = 24, threads = std::max(1U, std::thread::hardware_concurrency());
+    std::size_t cases = 24, threads = std::max(1U, std::thread::hardware_concurrency());
+
+    Options() { budgets = {"384", "192", "96", "48"}; }
 };
 
 void add_options(CLI::App& app, Options& options) {
@@ -27,17 +27,7 @@ void add_options(CLI::App& app, Options& options) {
     app.add_option(
         "--tasks", options.tasks,
         "Task files, folders of task files, or names of tasks in the model's folder (default: all there)");
-    app.add_option("--policy", options.policies, "NAME or NAME:key=value,...; repeatable (default: all)")
-        ->allow_extra_args(false);
-    app.add_option("--budget", options.budgets,
-                   "Tokens per KV head, or below 1 the ratio of the prompt; several by commas")
-        ->delimiter(',')
-        ->capture_default_str();
-    app.add_option("--rule", options.rule,
-                   "How layers and heads divide the budget: NAME or NAME:key=value,... (default: evenly)");
-    app.add_option("--chunk", options.chunk, "Prompt tokens per call; 0: the whole prompt at once")
-        ->check(CLI::Range(0, 1'000'000'000))
-        ->capture_default_str();
+    examples::add_options(app, options);
     app.add_option("--cases", options.cases, "The first so many cases of every task")
         ->check(CLI::Range(1, 1'000'000))
         ->capture_default_str();
@@ -87,7 +77,7 @@ std::vector<Row> run_all(const Llama& model, const std::vector<Setting>& setting
     return rows;
 }
 
-int run(const Options& options) {
+void run(const Options& options) {
     std::vector<Setting> settings;
     std::vector<kvcull::Budget> budgets;
     for (const std::string& budget : options.budgets)
@@ -113,14 +103,9 @@ int run(const Options& options) {
         std::cout << "pictures: " << (out / "accuracy.svg").string() << '\n';
     else
         std::cout << "pictures: no gnuplot, so no accuracy.svg\n";
-    // the second smallest budget shows the most: the smallest keeps next to nothing
-    std::sort(budgets.begin(), budgets.end(), [&](const kvcull::Budget& a, const kvcull::Budget& b) {
-        const std::size_t prompt = tasks[0].cases[0].prompt.size();
-        return budget_tokens(a, prompt) < budget_tokens(b, prompt);
-    });
-    write_kept_svg(out / "kept.svg", rows, tasks, budgets[budgets.size() > 1 ? 1 : 0]);
+    write_kept_svg(out / "kept.svg", rows, tasks,
+                   examples::telling_budget(budgets, tasks[0].cases[0].prompt.size()));
     std::cout << "          " << (out / "kept.svg").string() << '\n';
-    return 0;
 }
 
 }  // namespace
@@ -129,13 +114,5 @@ int main(int argc, char** argv) {
     CLI::App app("Accuracy, bytes and time of a trained Llama model under KV-cache eviction", "kvcull-demo");
     Options options;
     add_options(app, options);
-    try {
-        app.parse(argc, argv);
-        return run(options);
-    } catch (const CLI::Error& e) {
-        return app.exit(e);
-    } catch (const std::exception& e) {
-        std::cerr << "kvcull-demo: " << e.what() << '\n';
-        return 1;
-    }
+    return examples::run_program(app, argc, argv, [&] { run(options); });
 }

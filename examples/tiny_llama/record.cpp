@@ -4,6 +4,7 @@
 #include <iostream>
 #include <string>
 
+#include "../common/program.hpp"
 #include "recorder.hpp"
 
 namespace {
@@ -60,7 +61,7 @@ Case case_of(const Options& options, const Llama& model) {
     return task.cases[options.number];
 }
 
-int run(Options options) {
+void run(Options options) {
     using kvcull::DType;
     for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
         if (options.dtype == name_of(dtype)) options.what.dtype = dtype;
@@ -70,7 +71,6 @@ int run(Options options) {
         options.task.empty() ? "--prompt" : options.task + " " + std::to_string(options.number);
     write_trace(options.trace, trace);
     std::cout << options.trace << ": " << describe(trace) << '\n';
-    return 0;
 }
 
 }  // namespace
@@ -79,13 +79,5 @@ int main(int argc, char** argv) {
     CLI::App app("Records queries, keys and values of a trained Llama model", "kvcull-record");
     Options options;
     add_options(app, options);
-    try {
-        app.parse(argc, argv);
-        return run(options);
-    } catch (const CLI::Error& e) {
-        return app.exit(e);
-    } catch (const std::exception& e) {
-        std::cerr << "kvcull-record: " << e.what() << '\n';
-        return 1;
-    }
+    return examples::run_program(app, argc, argv, [&] { run(options); });
 }
