@@ -365,30 +365,9 @@ TEST_CASE("sums that follow the rows and distances taken along with attention gi
         CAPTURE(slack, fast, base.name);
         const P policy{.base = base, .fast = fast};
         const Stream stream = random_stream(small, 300, 8 + slack);
-        std::vector<std::vector<float>> hooked, alone;
-        const Budget budget{.tokens = 14, .slack = slack};
-        Engine<Recording<P>> engine(small, {policy, hooked}, budget);
-        Engine<Recording<Unhooked<P>>> fresh(small, {Unhooked<P>{policy}, alone}, budget);
-        const auto both = [&](const auto& call) {
-            call(engine);
-            call(fresh);
-        };
-        both([&](auto& one) { feed_prompt(one, stream, 0, 30, 11); });
-        SplitMix64 random{slack};
-        for (std::size_t at = 30; at + 3 < 300;) {
-            const double chance = random.uniform();
-            const std::size_t count = chance < 0.1 ? 3 : 1;
-            both([&](auto& one) { feed(one, stream, at, count); });
-            at += count;
-            if (chance > 0.9) both([](auto& one) { one.make_room(2); });
-            if (chance > 0.2 && chance < 0.25) both([](auto& one) { one.truncate(1); });
-        }
-        REQUIRE((all_positions(engine) == all_positions(fresh)));
-        REQUIRE(hooked.size() == alone.size());
-        CHECK(hooked.size() > 50);
-        bool same = true;
-        for (std::size_t i = 0; i < hooked.size(); ++i) same = same && agree(hooked[i], alone[i], 1e-5);
-        CHECK(same);
+        std::vector<std::vector<float>> hooked;
+        check_hooks(policy, stream, slack, hooked,
+                    [](const auto& got, const auto& want) { return agree(got, want, 1e-5); });
     };
     run(PerHeadAttention{});
     run(PerHeadAttention{.base = Rows::h2o, .recent = 3});

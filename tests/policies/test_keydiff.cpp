@@ -245,33 +245,15 @@ TEST_CASE("KeyDiff finds the same scores along with attention as from scratch, w
         Stream stream = random_stream(small, 300, 20 + slack);
         for (std::size_t c = 0; c < small.head_dim; ++c)  // not a number: gone at once, and forgotten
             stream.k[60 * small.head_dim + c] = c == 3 ? quiet_nan() : 1.0F;
-        std::vector<std::vector<float>> hooked, alone;
-        const Budget budget{.tokens = 14, .slack = slack};
-        Engine<Recording<KeyDiff>> engine(small, {KeyDiff{.recent = 2}, hooked}, budget);
-        Engine<Recording<Unhooked<KeyDiff>>> fresh(small, {Unhooked<KeyDiff>{{.recent = 2}}, alone}, budget);
-        const auto both = [&](const auto& call) {
-            call(engine);
-            call(fresh);
-        };
-        both([&](auto& one) { feed_prompt(one, stream, 0, 30, 11); });
-        SplitMix64 random{slack};
-        for (std::size_t at = 30; at + 3 < 300;) {
-            const double chance = random.uniform();
-            const std::size_t count = chance < 0.1 ? 3 : 1;
-            both([&](auto& one) { feed(one, stream, at, count); });
-            at += count;
-            if (chance > 0.9) both([](auto& one) { one.make_room(2); });
-            if (chance > 0.2 && chance < 0.25) both([](auto& one) { one.truncate(1); });
-        }
-        REQUIRE((all_positions(engine) == all_positions(fresh)));
-        REQUIRE(hooked.size() == alone.size());
-        CHECK(hooked.size() > 50);
-        bool same = true;
-        for (std::size_t i = 0; i < hooked.size(); ++i)
-            for (std::size_t j = 0; j < hooked[i].size(); ++j)
-                same = same && (is_nan(hooked[i][j]) == is_nan(alone[i][j])) &&
-                       (is_nan(alone[i][j]) || std::abs(hooked[i][j] - alone[i][j]) < 1e-5F);
-        CHECK(same);
+        std::vector<std::vector<float>> hooked;
+        auto engine =
+            check_hooks(KeyDiff{.recent = 2}, stream, slack, hooked, [](const auto& got, const auto& want) {
+                bool same = true;
+                for (std::size_t j = 0; j < got.size(); ++j)
+                    same = same && is_nan(got[j]) == is_nan(want[j]) &&
+                           (is_nan(want[j]) || std::abs(got[j] - want[j]) < 1e-5F);
+                return same;
+            });
         for (const float& x : engine.scores(0, 0)) CHECK(is_finite(x));
     }
 }

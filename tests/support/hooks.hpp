@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "kvcull/score/concepts.hpp"
+#include "support/catch.hpp"
+#include "support/conformance.hpp"
 
 namespace kvcull::test {
 
@@ -40,5 +42,38 @@ struct Unhooked {
         inner.score(state, step, out);
     }
 };
+
+/// Feeds a policy with and without its hooks the same 300 tokens, in calls of one and of several, with rows
+/// taken away in between: both must keep the same rows for scores that `agree(hooked, alone)`.
+/// @returns the engine with the hooks
+template <Policy P, class Agree>
+Engine<Recording<P>> check_hooks(const P& policy, const Stream& stream, std::size_t slack,
+                                 std::vector<std::vector<float>>& hooked, const Agree& agree) {
+    std::vector<std::vector<float>> alone;
+    const Budget budget{.tokens = 14, .slack = slack};
+    Engine<Recording<P>> engine(stream.shape, {policy, hooked}, budget);
+    Engine<Recording<Unhooked<P>>> fresh(stream.shape, {Unhooked<P>{policy}, alone}, budget);
+    const auto both = [&](const auto& call) {
+        call(engine);
+        call(fresh);
+    };
+    both([&](auto& one) { feed_prompt(one, stream, 0, 30, 11); });
+    SplitMix64 random{slack};
+    for (std::size_t at = 30; at + 3 < 300;) {
+        const double chance = random.uniform();
+        const std::size_t count = chance < 0.1 ? 3 : 1;
+        both([&](auto& one) { feed(one, stream, at, count); });
+        at += count;
+        if (chance > 0.9) both([](auto& one) { one.make_room(2); });
+        if (chance > 0.2 && chance < 0.25) both([](auto& one) { one.truncate(1); });
+    }
+    REQUIRE((all_positions(engine) == all_positions(fresh)));
+    REQUIRE(hooked.size() == alone.size());
+    CHECK(hooked.size() > 50);
+    bool same = true;
+    for (std::size_t i = 0; i < hooked.size(); ++i) same = same && agree(hooked[i], alone[i]);
+    CHECK(same);
+    return engine;
+}
 
 }  // namespace kvcull::test
