@@ -2,6 +2,7 @@
 /// Rows of many KV heads, each of its own length, in blocks that forks share until one of them writes.
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <span>
@@ -59,8 +60,8 @@ struct RowLayout {
 /// `heads` tables of blocks. All that can fail happens in the constructors and in the `reserve_*` calls; what
 /// changes rows afterwards takes its blocks from the spares, so a step that reserved enough cannot fail
 /// halfway. A copy shares all blocks and costs no row; whoever writes to a shared block first takes a spare
-/// and copies it. One thread at a time per object, different heads included; objects that share blocks may
-/// work in parallel.
+/// and copies it. One thread at a time changes an object, different heads included; several may read or copy
+/// it while nobody does, and objects that share blocks may work in parallel.
 class Storage {
   public:
     static constexpr std::size_t max_dim = 65536;
@@ -75,7 +76,7 @@ class Storage {
           pool_(other.pool_),
           tables_(other.tables_),
           bytes_moved_(other.bytes_moved_) {
-        shares_ = other.shares_ = true;
+        mark_shared(other);
         for (const Table& table : tables_) {
             for (std::byte* block : table.blocks) BlockPool::retain(block);
         }
@@ -87,7 +88,7 @@ class Storage {
           tables_(std::move(other.tables_)),
           spares_(std::move(other.spares_)),
           bytes_moved_(other.bytes_moved_),
-          shares_(other.shares_) {}
+          shares_(other.shares()) {}
     Storage& operator=(const Storage&) = delete;  // say `a = Storage(b)`: the copy may throw
     Storage& operator=(Storage&& other) noexcept {
         Storage taken(std::move(other));
@@ -97,7 +98,7 @@ class Storage {
         tables_.swap(taken.tables_);
         spares_.swap(taken.spares_);
         std::swap(bytes_moved_, taken.bytes_moved_);
-        std::swap(shares_, taken.shares_);
+        shares_.store(taken.shares(), std::memory_order_relaxed);
         return *this;
     }
     ~Storage() {
@@ -239,7 +240,7 @@ class Storage {
     /// @throws std::bad_alloc; nothing has changed then.
     void rewind(const Storage& past) {
         std::vector<Table> tables(past.tables_);
-        shares_ = past.shares_ = true;
+        mark_shared(past);
         for (std::size_t head = 0; head < tables.size(); ++head)
             tables[head].blocks.reserve(tables_[head].blocks.capacity());
         for (const Table& table : tables) {
@@ -282,10 +283,15 @@ class Storage {
         return layout;
     }
 
+    [[nodiscard]] bool shares() const noexcept { return shares_.load(std::memory_order_relaxed); }
+    void mark_shared(const Storage& other) noexcept {
+        shares_.store(true, std::memory_order_relaxed);
+        other.shares_.store(true, std::memory_order_relaxed);
+    }
     /// Use counts lie a block apart, a cache line each: they are looked at only if there was ever a copy.
     [[nodiscard]] std::size_t shared_blocks(const Table& table) const noexcept {
         std::size_t count = 0;
-        if (shares_)
+        if (shares())
             for (const std::byte* block : table.blocks) count += BlockPool::use_count(block) > 1 ? 1 : 0;
         return count;
     }
@@ -354,7 +360,8 @@ class Storage {
     std::vector<Table> tables_;
     std::vector<std::byte*> spares_;
     std::size_t bytes_moved_ = 0;
-    mutable bool shares_ = false;  // blocks may have other owners; a copy tells its original too
+    // Blocks may have other owners. A copy tells its original too, and several threads may copy one original.
+    mutable std::atomic<bool> shares_ = false;
     bool keep_freed_ = false;
 };
 
