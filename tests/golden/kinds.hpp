@@ -33,6 +33,15 @@ void check_scores(GoldenFile& file);
 void check_greedy(GoldenFile& file);
 void check_decode(GoldenFile& file);
 }  // namespace caote
+namespace guard {
+void check_deterministic(GoldenFile& file);
+void check_guard(GoldenFile& file);
+void check_random(GoldenFile& file);
+void check_predictors(GoldenFile& file);
+void check_tier(GoldenFile& file);
+void check_misses(GoldenFile& file);
+void check_ids(GoldenFile& file);
+}  // namespace guard
 namespace obcache {
 void check_scores(GoldenFile& file);
 void check_decode(GoldenFile& file);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -104,8 +105,18 @@ class GoldenFile {
             return is_finite(y) && close(x, static_cast<double>(y), tolerance.relative, tolerance.absolute);
         });
     }
+    void expect(const std::string& name, std::vector<std::size_t> shape, std::span<const double> got,
+                double relative) {
+        compare<double>(name, shape, got,
+                        [&](double x, double y) { return std::abs(x - y) <= relative * std::abs(y); });
+    }
     void expect(const std::string& name, std::vector<std::size_t> shape, std::span<const std::int64_t> got) {
-        compare<std::int64_t>(name, shape, got, [](std::int64_t x, std::int64_t y) { return x == y; });
+        expect_exactly<std::int64_t>(name, shape, got);
+    }
+    /// Whole numbers of the type that the file has.
+    template <std::integral T>
+    void expect_exactly(const std::string& name, std::vector<std::size_t> shape, std::span<const T> got) {
+        compare<T>(name, shape, got, [](T x, T y) { return x == y; });
     }
     /// Copies: the same bits.
     void expect_bits(const std::string& name, std::vector<std::size_t> shape, std::span<const float> got) {
@@ -153,7 +164,7 @@ class GoldenFile {
     [[nodiscard]] static std::string number_text(T number) {
         std::ostringstream text;
         text.precision(9);
-        text << number;
+        text << +number;
         return text.str();
     }
     template <class T, class Agrees>

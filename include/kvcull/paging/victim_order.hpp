@@ -1,0 +1,255 @@
+#pragma once
+/// Base policies of paging: which of the visible slots goes first.
+
+#include <algorithm>
+#include <bit>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "../base/config.hpp"
+#include "page_cache.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// An order of slots. Made as `B(slots)`. A slot joins at its first `touch` and leaves at `drop`; while
+/// hidden it is kept up to date but is no victim, and `hide`, `show` of what is hidden or shown already do
+/// nothing. `touch` serves hits and loads alike; an order that tells them apart has `load(slot, now, value)`
+/// too.
+template <class B>
+concept VictimOrder = std::constructible_from<B, std::size_t> &&
+    requires(B order, slot_t slot, std::uint64_t now, double value) {
+    order.touch(slot, now, value);
+    order.drop(slot);
+    order.hide(slot);
+    order.show(slot);
+    { order.victim() } -> std::same_as<slot_t>;  ///< at least one slot is visible
+};
+
+namespace detail {
+
+template <VictimOrder Order>
+void touch(Order& order, const Served& request) {
+    if constexpr (requires { order.load(request.slot, request.now, request.value); }) {
+        if (!request.hit) return order.load(request.slot, request.now, request.value);
+    }
+    order.touch(request.slot, request.now, request.value);
+}
+
+/// Doubles as integers in the same order; NaN counts as +infinity and -0 as 0. By bits, because comparisons
+/// with NaN are anybody's guess under -ffast-math.
+[[nodiscard]] inline std::uint64_t ordered_bits(double value) noexcept {
+    constexpr std::uint64_t sign = std::uint64_t{1} << 63U, infinity = 0x7FF0000000000000U;
+    std::uint64_t bits = std::bit_cast<std::uint64_t>(value);
+    if ((bits & ~sign) > infinity) bits = infinity;
+    if (bits == sign) bits = 0;
+    return (bits & sign) != 0 ? ~bits : bits | sign;
+}
+
+/// Slots from the oldest to the newest, some of them hidden. All calls O(1), amortised over what was hidden:
+/// a cursor stands where everything older is hidden.
+class AgeList {
+  public:
+    explicit AgeList(std::size_t slots) : nodes_(slots + 1), cursor_(end()) {
+        nodes_[end()].newer = nodes_[end()].older = end();
+    }
+
+    [[nodiscard]] bool holds(slot_t slot) const noexcept { return nodes_[slot].listed; }
+    /// Makes `slot` the newest. `when` grows from call to call.
+    void push(slot_t slot, std::uint64_t when) noexcept {
+        remove(slot);
+        const slot_t last = nodes_[end()].older;
+        nodes_[slot] = {last, end(), when, true, nodes_[slot].hidden};
+        nodes_[last].newer = nodes_[end()].older = slot;
+        if (cursor_ == end()) cursor_ = slot;
+    }
+    void remove(slot_t slot) noexcept {
+        Node& node = nodes_[slot];
+        if (!node.listed) return;
+        if (cursor_ == slot) cursor_ = node.newer;
+        nodes_[node.older].newer = node.newer;
+        nodes_[node.newer].older = node.older;
+        node.listed = false;
+    }
+    void hide(slot_t slot) noexcept { nodes_[slot].hidden = true; }
+    void show(slot_t slot) noexcept {
+        Node& node = nodes_[slot];
+        if (node.hidden && node.listed && (cursor_ == end() || node.when < nodes_[cursor_].when))
+            cursor_ = slot;
+        node.hidden = false;
+    }
+    /// `end()` if none is visible.
+    [[nodiscard]] slot_t oldest() noexcept { return cursor_ = visible_from(cursor_); }
+    /// The next newer visible one.
+    [[nodiscard]] slot_t after(slot_t slot) const noexcept { return visible_from(nodes_[slot].newer); }
+    [[nodiscard]] slot_t end() const noexcept { return static_cast<slot_t>(nodes_.size() - 1); }
+
+  private:
+    struct Node {
+        slot_t older = 0, newer = 0;
+        std::uint64_t when = 0;
+        bool listed = false, hidden = false;
+    };
+    [[nodiscard]] slot_t visible_from(slot_t slot) const noexcept {
+        while (nodes_[slot].hidden) slot = nodes_[slot].newer;  // the end is never hidden
+        return slot;
+    }
+
+    std::vector<Node> nodes_;  // the last one closes the ring
+    slot_t cursor_;
+};
+
+}  // namespace detail
+
+/// Least recently requested first. O(1).
+class Lru {
+  public:
+    explicit Lru(std::size_t slots) : ages_(slots) {}
+    void touch(slot_t slot, std::uint64_t now, double) noexcept { ages_.push(slot, now); }
+    void drop(slot_t slot) noexcept { ages_.remove(slot); }
+    void hide(slot_t slot) noexcept { ages_.hide(slot); }
+    void show(slot_t slot) noexcept { ages_.show(slot); }
+    [[nodiscard]] slot_t victim() noexcept { return ages_.oldest(); }
+
+  private:
+    detail::AgeList ages_;
+};
+
+/// Longest loaded first. O(1).
+class Fifo {
+  public:
+    explicit Fifo(std::size_t slots) : ages_(slots) {}
+    void touch(slot_t slot, std::uint64_t now, double) noexcept {
+        if (!ages_.holds(slot)) ages_.push(slot, now);
+    }
+    void load(slot_t slot, std::uint64_t now, double) noexcept { ages_.push(slot, now); }
+    void drop(slot_t slot) noexcept { ages_.remove(slot); }
+    void hide(slot_t slot) noexcept { ages_.hide(slot); }
+    void show(slot_t slot) noexcept { ages_.show(slot); }
+    [[nodiscard]] slot_t victim() noexcept { return ages_.oldest(); }
+
+  private:
+    detail::AgeList ages_;
+};
+
+/// `value` is a label, 1: not needed soon (anything above 0.5 counts). Least recently requested of those
+/// labelled 1; if there is none, of all. O(1).
+class Labels {
+  public:
+    explicit Labels(std::size_t slots) : lists_{detail::AgeList(slots), detail::AgeList(slots)} {}
+    void touch(slot_t slot, std::uint64_t now, double value) noexcept {
+        const bool evictable = detail::ordered_bits(value) > detail::ordered_bits(0.5);
+        lists_[evictable ? 0 : 1].remove(slot);
+        lists_[evictable ? 1 : 0].push(slot, now);
+    }
+    void drop(slot_t slot) noexcept {
+        for (auto& list : lists_) list.remove(slot);
+    }
+    void hide(slot_t slot) noexcept {
+        for (auto& list : lists_) list.hide(slot);
+    }
+    void show(slot_t slot) noexcept {
+        for (auto& list : lists_) list.show(slot);
+    }
+    [[nodiscard]] slot_t victim() noexcept {
+        const slot_t slot = lists_[1].oldest();
+        return slot != lists_[1].end() ? slot : lists_[0].oldest();
+    }
+
+  private:
+    detail::AgeList lists_[2];  // by label
+};
+
+/// Largest value first, of equal ones the least recently requested. With next times as values this is the
+/// blind oracle, with the true ones Belady's rule, with page scores whatever they say. O(log slots): a heap
+/// of four children per node, keys inside, so that a level costs about two cache lines.
+class Furthest {
+  public:
+    explicit Furthest(std::size_t slots) : known_(slots) { heap_.reserve(slots); }
+
+    void touch(slot_t slot, std::uint64_t now, double value) noexcept {
+        Known& known = known_[slot];
+        known.key = {detail::ordered_bits(value), now};
+        known.listed = true;
+        update(slot);
+    }
+    void drop(slot_t slot) noexcept {
+        take_out(slot);
+        known_[slot].listed = false;
+    }
+    void hide(slot_t slot) noexcept {
+        take_out(slot);
+        known_[slot].hidden = true;
+    }
+    void show(slot_t slot) noexcept {
+        known_[slot].hidden = false;
+        update(slot);
+    }
+    [[nodiscard]] slot_t victim() const noexcept { return heap_.front().slot; }
+
+  private:
+    static constexpr std::size_t nowhere = ~std::size_t{0}, children = 4;
+    struct Key {
+        std::uint64_t value = 0, last = 0;
+        [[nodiscard]] bool goes_before(const Key& other) const noexcept {
+            return value != other.value ? value > other.value : last < other.last;
+        }
+    };
+    struct Known {
+        Key key;
+        std::size_t at = nowhere;  // in the heap
+        bool listed = false, hidden = false;
+    };
+    struct Node {
+        Key key;
+        slot_t slot = 0;
+    };
+
+    /// Puts the slot where its key belongs, if it is visible.
+    void update(slot_t slot) noexcept {
+        Known& known = known_[slot];
+        if (!known.listed || known.hidden) return;
+        if (known.at == nowhere) {
+            known.at = heap_.size();
+            heap_.emplace_back();
+        }
+        settle(known.at, {known.key, slot});
+    }
+    void take_out(slot_t slot) noexcept {
+        const std::size_t at = std::exchange(known_[slot].at, nowhere);
+        if (at == nowhere) return;
+        const Node last = heap_.back();
+        heap_.pop_back();
+        if (at < heap_.size()) settle(at, last);
+    }
+    /// Moves the hole at `at` up or down until `node` fits.
+    void settle(std::size_t at, const Node& node) noexcept {
+        while (at > 0 && node.key.goes_before(heap_[(at - 1) / children].key)) {
+            place((at - 1) / children, at);
+            at = (at - 1) / children;
+        }
+        for (;;) {
+            const std::size_t first = children * at + 1, stop = std::min(first + children, heap_.size());
+            if (first >= stop) break;
+            std::size_t best = first;
+            for (std::size_t i = first + 1; i < stop; ++i)
+                if (heap_[i].key.goes_before(heap_[best].key)) best = i;
+            if (!heap_[best].key.goes_before(node.key)) break;
+            place(best, at);
+            at = best;
+        }
+        heap_[at] = node;
+        known_[node.slot].at = at;
+    }
+    void place(std::size_t from, std::size_t to) noexcept {
+        heap_[to] = heap_[from];
+        known_[heap_[to].slot].at = to;
+    }
+
+    std::vector<Known> known_;
+    std::vector<Node> heap_;
+};
+
+}  // namespace kvcull::inline KVCULL_ABI
