@@ -7,6 +7,8 @@
 #include "cache/evictor.hpp"
 #include "cache/kv_cache.hpp"
 #include "integrations/registry.hpp"
+#include "paging/guard.hpp"
+#include "paging/tier.hpp"
 #include "policies.hpp"
 #include "select/budget.hpp"
 #include "select/head_rules.hpp"
