@@ -146,6 +146,8 @@ class SlotCache {
     /// Pages that are resident.
     [[nodiscard]] std::size_t size() const noexcept { return page_.size() - free_.size(); }
     [[nodiscard]] std::size_t pinned_slots() const noexcept { return pinned_; }
+    /// Resident pages and those with a note: what the table holds, 32 to 128 bytes each.
+    [[nodiscard]] std::size_t known_pages() const noexcept { return table_.size(); }
     [[nodiscard]] const Rule& rule() const noexcept { return rule_; }
     /// Room for the notes of `pages` different pages: no request allocates until more were seen.
     void reserve(std::size_t pages) { table_.reserve(pages + page_.size() + 1); }

@@ -54,6 +54,7 @@ class PageTable {
         return true;
     }
 
+    [[nodiscard]] std::size_t size() const noexcept { return count_; }
     [[nodiscard]] Place find(page_t page) const noexcept {
         if (entries_.empty()) return {};
         std::size_t i = home(page);
