@@ -48,7 +48,7 @@ struct Served {
 /// What a rule decides when a page needs a slot and none is free.
 struct Choice {
     slot_t slot = 0;         ///< occupied and not pinned
-    std::uint64_t note = 0;  ///< left for the page that goes out, below 2^63; 0: forget it
+    std::uint64_t note = 0;  ///< left for the page that goes out, below 2^62; 0: forget it
     bool guard = false;
 };
 
@@ -78,7 +78,7 @@ class SlotCache {
 
     /// @throws config_error if `slots` is not in 1 .. 2^31 - 1, or what the rule throws.
     explicit SlotCache(std::size_t slots, Options options = {})
-        : page_(checked(slots)), pins_(slots), rule_(slots, std::move(options)) {
+        : page_(checked(slots)), entry_(slots), pins_(slots), rule_(slots, std::move(options)) {
         free_.reserve(slots);
         for (std::size_t slot = slots; slot-- > 0;) free_.push_back(static_cast<slot_t>(slot));
         table_.reserve(slots + 1);
@@ -92,8 +92,10 @@ class SlotCache {
         if (!access.hit) {
             detail::check<error::state_error>(!free_.empty() || pinned_ < page_.size(), "request",
                                               "number of pinned slots", pinned_, "a slot that is not pinned");
-            if (table_.make_room([&](std::uint64_t note) { return rule_.remembers(note); }))
+            if (table_.make_room([&](std::uint64_t note) { return rule_.remembers(note); })) {
+                find_entries();
                 place = table_.find(page);
+            }
         }
         if constexpr (requires { rule_.requested(page, value); }) rule_.requested(page, value);
         if (!access.hit) {
@@ -114,7 +116,7 @@ class SlotCache {
             free_.push_back(slot);
         }
         if constexpr (requires { rule_.erased(page); }) rule_.erased(page);
-        table_.erase(page);
+        if (place.state != 0) table_.change(place.index, detail::PageTable::forgotten);
     }
     /// The page stays until as many `unpin` came. @throws state_error if it is not resident.
     void pin(page_t page) {
@@ -146,17 +148,25 @@ class SlotCache {
     /// Pages that are resident.
     [[nodiscard]] std::size_t size() const noexcept { return page_.size() - free_.size(); }
     [[nodiscard]] std::size_t pinned_slots() const noexcept { return pinned_; }
-    /// Resident pages and those with a note: what the table holds, 32 to 128 bytes each.
+    /// What the table holds, 32 bytes or more each: resident pages, and gone ones until it is swept.
     [[nodiscard]] std::size_t known_pages() const noexcept { return table_.size(); }
     [[nodiscard]] const Rule& rule() const noexcept { return rule_; }
-    /// Room for the notes of `pages` different pages: no request allocates until more were seen.
-    void reserve(std::size_t pages) { table_.reserve(pages + page_.size() + 1); }
+    /// Room for `pages` different pages: no request allocates until more were seen.
+    void reserve(std::size_t pages) {
+        table_.reserve(pages + page_.size() + 1);
+        find_entries();
+    }
 
   private:
     [[nodiscard]] static std::size_t checked(std::size_t slots) {
         detail::check<error::config_error>(slots >= 1 && slots <= max_slots, "SlotCache", "slots", slots,
                                            "1 to 2^31 - 1");
         return slots;
+    }
+    void find_entries() noexcept {
+        for (slot_t slot = 0; slot < page_.size(); ++slot)
+            if (const auto place = table_.find(page_[slot]); place.has_slot() && place.slot() == slot)
+                entry_[slot] = place.index;
     }
     void load(page_t page, detail::PageTable::Place place, Access& access) {
         Choice choice{};
@@ -169,18 +179,16 @@ class SlotCache {
         }
         access.slot = choice.slot;
         access.guard = choice.guard;
+        if (access.victim)
+            table_.change(entry_[access.slot], choice.note != 0 ? choice.note : detail::PageTable::forgotten);
         table_.put(place, page, detail::PageTable::resident | access.slot);
         page_[access.slot] = page;
-        if (access.victim) {  // last, because forgetting moves entries
-            if (choice.note == 0)
-                table_.erase(*access.victim);
-            else
-                table_.put(table_.find(*access.victim), *access.victim, choice.note);
-        }
+        entry_[access.slot] = place.index;
     }
 
     detail::PageTable table_;
     std::vector<page_t> page_;
+    std::vector<std::size_t> entry_;  // of the page in a slot, in the table
     std::vector<std::uint32_t> pins_;
     std::vector<slot_t> free_;
     std::size_t pinned_ = 0;

@@ -20,20 +20,21 @@ namespace detail {
 
 /// Open addressing with linear probing, at most half full: a look-up touches about one cache line, and
 /// nothing is allocated per page. A page is *resident* (it has a slot), *gone* (it has a note, a number in 1
-/// .. 2^63 - 1), or unknown. 16 bytes per entry.
+/// .. 2^62 - 1), or unknown. Entries stay where they are until the table is rebuilt, those of forgotten pages
+/// too. 16 bytes per entry.
 class PageTable {
   public:
-    static constexpr std::uint64_t resident = std::uint64_t{1} << 63U;
+    static constexpr std::uint64_t resident = std::uint64_t{1} << 63U, forgotten = std::uint64_t{1} << 62U;
 
     /// What is known of a page, and where; valid until the next change of the table.
     struct Place {
         std::size_t index = 0;
-        std::uint64_t state = 0;  // 0: unknown
+        std::uint64_t state = 0;  // 0: no entry
 
         [[nodiscard]] bool has_slot() const noexcept { return (state & resident) != 0; }
         [[nodiscard]] slot_t slot() const noexcept { return static_cast<slot_t>(state); }
         /// 0 if there is none.
-        [[nodiscard]] std::uint64_t note() const noexcept { return has_slot() ? 0 : state; }
+        [[nodiscard]] std::uint64_t note() const noexcept { return state < forgotten ? state : 0; }
     };
 
     /// Makes room for `pages` entries. @throws config_error, std::bad_alloc; nothing has changed then.
@@ -54,6 +55,7 @@ class PageTable {
         return true;
     }
 
+    /// Entries, those of forgotten pages included.
     [[nodiscard]] std::size_t size() const noexcept { return count_; }
     [[nodiscard]] Place find(page_t page) const noexcept {
         if (entries_.empty()) return {};
@@ -67,21 +69,8 @@ class PageTable {
         count_ += place.state == 0 ? 1 : 0;
         entries_[place.index] = {page, state};
     }
-    /// Forgets a page; entries behind it close ranks. No-op if it is unknown.
-    void erase(page_t page) noexcept {
-        const Place place = find(page);
-        if (place.state == 0) return;
-        const std::size_t mask = entries_.size() - 1;
-        std::size_t hole = place.index;
-        for (std::size_t i = next(hole); entries_[i].state != 0; i = next(i)) {
-            if (((i - home(entries_[i].page)) & mask) >= ((i - hole) & mask)) {
-                entries_[hole] = entries_[i];
-                hole = i;
-            }
-        }
-        entries_[hole] = {};
-        --count_;
-    }
+    /// For an entry that is known to be at `index`: no look-up.
+    void change(std::size_t index, std::uint64_t state) noexcept { entries_[index].state = state; }
 
   private:
     struct Entry {
@@ -97,7 +86,7 @@ class PageTable {
     }
     template <class Keep>
     [[nodiscard]] static bool in_use(std::uint64_t state, const Keep& keep) {
-        return (state & resident) != 0 || (state != 0 && keep(state));
+        return (state & resident) != 0 || (state != 0 && state != forgotten && keep(state));
     }
     template <class Keep>
     void rebuild(std::size_t size, const Keep& keep) {
