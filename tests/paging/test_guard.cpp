@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <set>
 #include <vector>
 
@@ -37,7 +38,7 @@ double harmonic(std::size_t n) {
 }  // namespace
 
 TEST_CASE("right predictions give Belady's misses and no guard", "[property]") {
-    for (const std::size_t slots : {1, 2, 3, 7, 16, 64}) {
+    for (const std::size_t slots : std::initializer_list<std::size_t>{1, 2, 3, 7, 16, 64}) {
         for (std::uint64_t seed = 1; seed <= 4; ++seed) {
             for (const auto& [name, pages] : some_requests(slots, 1500, seed)) {
                 CAPTURE(slots, seed, name);
@@ -74,7 +75,7 @@ TEST_CASE("constant values make Furthest the same as Lru, victim by victim", "[p
 }
 
 TEST_CASE("a phase guards what it evicted wrongly, and takes one draw for each", "[property]") {
-    for (const std::size_t slots : {2, 5, 16}) {
+    for (const std::size_t slots : std::initializer_list<std::size_t>{2, 5, 16}) {
         for (const auto& [name, pages] : some_requests(slots, 3000, 17)) {
             CAPTURE(slots, name);
             const auto truth = next_requests(pages);
@@ -127,7 +128,7 @@ TEST_CASE("two slots and a page that is never let go") {
 }
 
 TEST_CASE("hostile predictions cost at most what the paper proves", "[property]") {
-    for (const std::size_t slots : {2, 8, 32}) {
+    for (const std::size_t slots : std::initializer_list<std::size_t>{2, 8, 32}) {
         for (const auto& [name, pages] : some_requests(slots, 200 * slots, 29)) {
             CAPTURE(slots, name);
             const auto truth = next_requests(pages);

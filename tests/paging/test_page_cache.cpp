@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <set>
 #include <vector>
@@ -28,7 +29,7 @@ using Mixture = CombineDeterministic<BlindOracle, Follow<Lru>>;
 TEMPLATE_TEST_CASE("a page cache holds what was requested, keeps pins, and frees what is erased",
                    "[property]", KVCULL_PAGE_CACHES) {
     static_assert(PageCache<TestType>);
-    for (const std::size_t slots : {1, 2, 3, 8, 31}) {
+    for (const std::size_t slots : std::initializer_list<std::size_t>{1, 2, 3, 8, 31}) {
         CAPTURE(slots);
         SplitMix64 random{slots};
         TestType cache(slots);
@@ -91,7 +92,7 @@ TEMPLATE_TEST_CASE("a page cache holds what was requested, keeps pins, and frees
 
 TEMPLATE_TEST_CASE("a refused request leaves no trace", "", KVCULL_PAGE_CACHES) {
     TestType cache(2), other(2);
-    for (const page_t page : {1, 2}) {
+    for (const page_t page : std::initializer_list<page_t>{1, 2}) {
         for (TestType* each : {&cache, &other}) {
             each->request(page, 1);
             each->pin(page);

@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 #include "paging/requests.hpp"
@@ -14,7 +15,7 @@ using namespace kvcull;
 }  // namespace
 
 TEST_CASE("a mixture of one part, repeated, is that part", "[property]") {
-    for (const std::size_t slots : {1, 4, 13}) {
+    for (const std::size_t slots : std::initializer_list<std::size_t>{1, 4, 13}) {
         for (const auto& [name, pages] : test::some_requests(slots, 1500, 8)) {
             CAPTURE(slots, name);
             const auto next = next_requests(pages);
@@ -40,7 +41,7 @@ TEST_CASE("a mixture goes over to the part that misses less", "[property]") {
 }
 
 TEST_CASE("a marking rule evicts only what its phase has not requested", "[property]") {
-    for (const std::size_t slots : {1, 4, 13}) {
+    for (const std::size_t slots : std::initializer_list<std::size_t>{1, 4, 13}) {
         for (const auto& [name, pages] : test::some_requests(slots, 2000, 8)) {
             CAPTURE(slots, name);
             Marker<> cache(slots);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <optional>
 #include <set>
@@ -90,7 +91,7 @@ struct Bench {
 
 TEMPLATE_TEST_CASE("a step's pages are in frames with the bytes that were written last", "[property]",
                    Guard<>, Guard<Lru>, BlindOracle, Marker<>) {
-    for (const std::size_t slots : {2, 5, 16}) {
+    for (const std::size_t slots : std::initializer_list<std::size_t>{2, 5, 16}) {
         SplitMix64 random{slots};
         Bench<TestType> bench(slots);
         for (page_t next = 0; next < 300; ++next) {
