@@ -162,13 +162,29 @@ TEST_CASE("one changed number of any output makes the runner fail", "[golden][co
                 original.metadata.at("kind") == "evict" && (tensor.name == "out.k" || tensor.name == "out.v");
             const float largest = tensor.dtype == ElementType::f32 ? original.largest(i) : 0.0F;
             for (const std::size_t index : std::set<std::size_t>{0, size / 2, size - 1}) {
-                if (tensor.dtype == ElementType::i64) {
+                const auto next = [&]<class T>(T) {
                     copy(i, index, "", [&](Editable& edited) {
-                        edited.change<std::int64_t>(i, index, [](std::int64_t x) { return x + 1; });
+                        edited.change<T>(i, index, [](T x) { return static_cast<T>(x + 1); });
                     });
-                    continue;
+                };
+                switch (tensor.dtype) {
+                    case ElementType::i64:
+                        next(std::int64_t{});
+                        continue;
+                    case ElementType::i32:
+                        next(std::int32_t{});
+                        continue;
+                    case ElementType::u8:
+                        next(std::uint8_t{});
+                        continue;
+                    case ElementType::f64:
+                        copy(i, index, "", [&](Editable& edited) {
+                            edited.change<double>(i, index, [](double x) { return x + 2e-9 * std::abs(x); });
+                        });
+                        continue;
+                    default:
+                        REQUIRE(tensor.dtype == ElementType::f32);
                 }
-                REQUIRE(tensor.dtype == ElementType::f32);
                 copy(i, index, "", [&](Editable& edited) {
                     edited.change<float>(
                         i, index, [&](float x) { return x + 2e-3F + 2e-3F * std::abs(x) + 2e-6F * largest; });
