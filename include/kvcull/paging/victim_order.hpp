@@ -101,37 +101,36 @@ class AgeList {
     slot_t cursor_;
 };
 
-}  // namespace detail
-
-/// Least recently requested first. O(1).
-class Lru {
+/// What orders by age have in common: they differ in what makes a slot the newest.
+class AgeOrder {
   public:
-    explicit Lru(std::size_t slots) : ages_(slots) {}
-    void touch(slot_t slot, std::uint64_t now, double) noexcept { ages_.push(slot, now); }
+    explicit AgeOrder(std::size_t slots) : ages_(slots) {}
     void drop(slot_t slot) noexcept { ages_.remove(slot); }
     void hide(slot_t slot) noexcept { ages_.hide(slot); }
     void show(slot_t slot) noexcept { ages_.show(slot); }
     [[nodiscard]] slot_t victim() noexcept { return ages_.oldest(); }
 
-  private:
-    detail::AgeList ages_;
+  protected:
+    AgeList ages_;
+};
+
+}  // namespace detail
+
+/// Least recently requested first. O(1).
+class Lru : public detail::AgeOrder {
+  public:
+    using AgeOrder::AgeOrder;
+    void touch(slot_t slot, std::uint64_t now, double) noexcept { ages_.push(slot, now); }
 };
 
 /// Longest loaded first. O(1).
-class Fifo {
+class Fifo : public detail::AgeOrder {
   public:
-    explicit Fifo(std::size_t slots) : ages_(slots) {}
+    using AgeOrder::AgeOrder;
     void touch(slot_t slot, std::uint64_t now, double) noexcept {
         if (!ages_.holds(slot)) ages_.push(slot, now);
     }
     void load(slot_t slot, std::uint64_t now, double) noexcept { ages_.push(slot, now); }
-    void drop(slot_t slot) noexcept { ages_.remove(slot); }
-    void hide(slot_t slot) noexcept { ages_.hide(slot); }
-    void show(slot_t slot) noexcept { ages_.show(slot); }
-    [[nodiscard]] slot_t victim() noexcept { return ages_.oldest(); }
-
-  private:
-    detail::AgeList ages_;
 };
 
 /// `value` is a label, 1: not needed soon (anything above 0.5 counts). Least recently requested of those
