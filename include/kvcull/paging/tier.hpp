@@ -65,7 +65,7 @@ class PageTier {
         plan(pages, created);
         open_ = true;
         try {
-            for (const std::size_t i : order_) visit(visits_[i], created);
+            for (const Turn& turn : order_) visit(visits_[turn.visit], created);
         } catch (...) {
             end_step();
             if (created && known_.erase(*created) > 0) cache_.erase(*created);
@@ -110,40 +110,48 @@ class PageTier {
         double value = 0;
         bool dirty = false;
     };
+    /// One visit's place in a step: those that are resident first, then the created page, then the missing
+    /// ones, each ascending.
+    struct Turn {
+        enum class Kind : std::uint8_t { resident, created, missing } kind{};
+        page_t page = 0;
+        std::size_t visit = 0;
+    };
 
-    /// Checks the step and writes the visits and their order: resident, created, missing, each ascending.
+    /// Checks the step and writes the visits and their turns.
     void plan(std::span<const page_t> pages, const std::optional<page_t>& created) {
         constexpr auto where = "PageTier::step";
+        using Kind = typename Turn::Kind;
         detail::check<error::state_error>(!open_, where, "the last step", "open", "end_step before");
         if (created)
             detail::check<error::state_error>(!known_.contains(*created), where, "created", *created,
                                               "a page that is not known yet");
+        visits_.clear();
+        order_.clear();
+        const auto add = [&](Kind kind, page_t page) {
+            order_.push_back({kind, page, visits_.size()});
+            visits_.push_back({.page = page});
+        };
         std::size_t wanted = cache_.pinned_slots() + (created ? 1 : 0);
         for (const page_t page : pages) {
             detail::check<error::state_error>(known_.contains(page), where, "page", page, "a known page");
-            wanted += cache_.contains(page) && cache_.pins(page) > 0 ? 0 : 1;
+            const bool resident = cache_.contains(page);
+            wanted += resident && cache_.pins(page) > 0 ? 0 : 1;
+            add(resident ? Kind::resident : Kind::missing, page);
         }
-        std::vector<PageVisit> visits;
-        std::vector<std::size_t> order;
-        for (const page_t page : pages) visits.push_back({.page = page});
-        if (created) visits.push_back({.page = *created});
-        for (std::size_t i = 0; i < visits.size(); ++i) order.push_back(i);
-        const auto rank = [&](std::size_t i) {
-            const int group = i == pages.size() ? 1 : cache_.contains(visits[i].page) ? 0 : 2;
-            return std::pair(group, visits[i].page);
-        };
-        std::sort(order.begin(), order.end(),
-                  [&](std::size_t a, std::size_t b) { return rank(a) < rank(b); });
-        for (std::size_t i = 1; i < order.size(); ++i)
-            detail::check<error::config_error>(rank(order[i - 1]) != rank(order[i]), where, "page",
-                                               visits[order[i]].page, "each page once");
+        if (created) add(Kind::created, *created);
+        std::sort(order_.begin(), order_.end(), [](const Turn& a, const Turn& b) {
+            return std::pair(a.kind, a.page) < std::pair(b.kind, b.page);
+        });
+        // A page is of one kind, so that equal ones are neighbours.
+        for (std::size_t i = 1; i < order_.size(); ++i)
+            detail::check<error::config_error>(order_[i - 1].page != order_[i].page, where, "page",
+                                               order_[i].page, "each page once");
         detail::check<error::capacity_error>(wanted <= cache_.slots(), where,
                                              "number of pages, pinned ones included", wanted,
                                              detail::text("at most ", cache_.slots()));
-        pinned_.reserve(order.size());
+        pinned_.reserve(order_.size());
         if (created) known_.reserve(known_.size() + 1);
-        visits_.swap(visits);
-        order_.swap(order);
     }
     void visit(PageVisit& visit, const std::optional<page_t>& created) {
         const page_t page = visit.page;
@@ -153,7 +161,7 @@ class PageTier {
         const slot_t frame = visit.access.slot;
         if (!visit.access.hit) {
             load(visit, page == created);
-            frames_[frame] = {value, page == created};
+            frames_[frame].dirty = page == created;
         }
         frames_[frame].value = value;
         cache_.pin(page);
@@ -166,8 +174,8 @@ class PageTier {
                 try {
                     store_.write(*victim, frame);
                 } catch (...) {
-                    cache_.erase(
-                        visit.page);  // frees the frame; the next request gets it, so the victim is back
+                    // Erasing frees the frame, and the next request gets it: the victim is back.
+                    cache_.erase(visit.page);
                     cache_.request(*victim, frames_[frame].value);
                     ++requests_;
                     throw;
@@ -197,7 +205,7 @@ class PageTier {
     std::vector<Frame> frames_;
     std::unordered_set<page_t> known_;
     std::vector<PageVisit> visits_;
-    std::vector<std::size_t> order_;
+    std::vector<Turn> order_;
     std::vector<page_t> pinned_;  // by the open step, in order
     PageCounts counts_;
     std::uint64_t requests_ = 0;
