@@ -15,11 +15,13 @@
 #include "kvcull/paging/predictors.hpp"
 #include "kvcull/paging/rules.hpp"
 #include "kvcull/paging/tier.hpp"
+#include "support/requests.hpp"
 
 namespace kvcull::test::guard {
 namespace {
 
 using Numbers = std::vector<std::int64_t>;
+using Mixture = CombineDeterministic<BlindOracle, Follow<Lru>>;
 
 /// Draws that a file lists.
 struct Listed {
@@ -40,6 +42,20 @@ std::vector<double> to_values(const Numbers& numbers) {
 }
 std::int64_t victim_of(const Access& access) {
     return access.victim ? static_cast<std::int64_t>(*access.victim) : -1;
+}
+
+/// The true next request; of the last one at `t` the files say 2 n - t.
+std::vector<double> true_next(const std::vector<page_t>& pages) {
+    auto next = next_requests(pages);
+    for (std::size_t t = 0; t < next.size(); ++t)
+        if (next[t] == never_again) next[t] = static_cast<double>(2 * pages.size() - t);
+    return next;
+}
+template <NextUse Predictor>
+std::vector<double> guesses_of(Predictor predictor, const std::vector<page_t>& pages) {
+    std::vector<double> values;
+    for (std::size_t t = 0; t < pages.size(); ++t) values.push_back(predictor.next(pages[t], t));
+    return values;
 }
 
 /// Columns of numbers by the name of the output.
@@ -195,13 +211,12 @@ void check_deterministic(GoldenFile& file) {
     const auto next = to_values(file.array<std::int64_t>("in.next", 1).values);
     const auto truth = to_values(file.array<std::int64_t>("in.true_next", 1).values);
     const std::size_t k = file.count("k");
-    using Combined = CombineDeterministic<BlindOracle, Follow<Lru>>;
     compare(file, "belady", run(BlindOracle(k), pages, truth));
     compare(file, "lru", run(Follow<Lru>(k), pages, next));
     compare(file, "fifo", run(Follow<Fifo>(k), pages, next));
     compare(file, "blind_oracle", run(BlindOracle(k), pages, next));
-    compare(file, "combine_a", run(Combined(k, {.bound = file.real("bound_a")}), pages, next));
-    compare(file, "combine_b", run(Combined(k, {.bound = file.real("bound_b")}), pages, next));
+    compare(file, "combine_a", run(Mixture(k, {.bound = file.real("bound_a")}), pages, next));
+    compare(file, "combine_b", run(Mixture(k, {.bound = file.real("bound_b")}), pages, next));
 }
 
 void check_guard(GoldenFile& file) {
@@ -223,19 +238,11 @@ void check_random(GoldenFile& file) {
 void check_predictors(GoldenFile& file) {
     const auto pages = to_pages(file.array<std::int64_t>("in.pages", 1).values);
     const std::size_t n = pages.size();
-    const auto guesses = [&](auto predictor) {
-        std::vector<double> values;
-        for (std::size_t t = 0; t < n; ++t) values.push_back(predictor.next(pages[t], t));
-        return values;
-    };
-    file.expect("out.popularity", {n}, guesses(Popularity()), 0);
-    file.expect("out.pleco", {n}, guesses(Pleco()), 1e-9);
-    file.expect("out.last_gap", {n}, guesses(LastGap()), 0);
+    file.expect("out.popularity", {n}, guesses_of(Popularity(), pages), 0);
+    file.expect("out.pleco", {n}, guesses_of(Pleco(), pages), 1e-9);
+    file.expect("out.last_gap", {n}, guesses_of(LastGap(), pages), 0);
     Numbers truth, labels, draws;
-    const auto next = next_requests(pages);
-    for (std::size_t t = 0; t < n; ++t)
-        truth.push_back(
-            static_cast<std::int64_t>(next[t] < never_again ? next[t] : static_cast<double>(2 * n - t)));
+    for (const double next : true_next(pages)) truth.push_back(static_cast<std::int64_t>(next));
     for (const double label : belady_labels(pages, file.count("k")))
         labels.push_back(static_cast<std::int64_t>(label));
     SplitMix64 source{file.count("seed")};
@@ -256,18 +263,13 @@ void check_tier(GoldenFile& file) {
 
 namespace {
 
-struct Tally {
-    std::int64_t misses = 0, guards = 0;
-};
+/// Replays over `k` slots, with the draws where the policy takes some.
 template <class Cache>
-Tally tally(Cache cache, const std::vector<page_t>& pages, const std::vector<double>& values) {
-    Tally total;
-    for (std::size_t t = 0; t < pages.size(); ++t) {
-        const Access access = cache.request(pages[t], values[t]);
-        total.misses += access.hit ? 0 : 1;
-        total.guards += access.guard ? 1 : 0;
-    }
-    return total;
+Tally replay_with(std::size_t k, SplitMix64 draws, const std::vector<page_t>& pages,
+                  const std::vector<double>& values) {
+    typename Cache::Options options{};
+    if constexpr (requires { options.draws; }) options.draws = draws;
+    return replay(Cache(k, options), pages, values);
 }
 
 std::vector<std::string> words(const std::string& list) {
@@ -282,54 +284,28 @@ std::vector<std::string> words(const std::string& list) {
 void check_misses(GoldenFile& file) {
     const auto ids = file.array<std::int32_t>("in.pages", 1).values;
     const std::vector<page_t> pages(ids.begin(), ids.end());
-    const std::size_t n = pages.size();
-    const double end = static_cast<double>(n);
-    auto truth = next_requests(pages);
-    for (std::size_t t = 0; t < n; ++t)
-        if (truth[t] == never_again) truth[t] = 2 * end - static_cast<double>(t);
-    std::map<std::string, std::vector<double>> guesses{{"true", truth}};
+    const auto truth = true_next(pages);
+    std::map<std::string, std::vector<double>> guesses{{"true", truth},
+                                                       {"popularity", guesses_of(Popularity(), pages)},
+                                                       {"last_gap", guesses_of(LastGap(), pages)}};
     const SplitMix64 draws{file.count("draw_seed")};
     SplitMix64 noise{file.count("noise_seed")};
-    Popularity popularity;
-    LastGap last_gap;
-    for (std::size_t t = 0; t < n; ++t) {
-        guesses["noisy"].push_back(truth[t] +
-                                   static_cast<double>((noise() >> 33U) % (file.count("width") + 1)));
-        guesses["popularity"].push_back(popularity.next(pages[t], t));
-        guesses["last_gap"].push_back(last_gap.next(pages[t], t));
-        guesses["adverse"].push_back(4 * end - truth[t]);
+    for (const double next : truth) {
+        guesses["noisy"].push_back(next + static_cast<double>((noise() >> 33U) % (file.count("width") + 1)));
+        guesses["adverse"].push_back(4 * static_cast<double>(pages.size()) - next);
     }
-    using Values = const std::vector<double>&;
-    using Run = Tally (*)(std::size_t, SplitMix64, const std::vector<page_t>&, Values);
+    using Run = Tally (*)(std::size_t, SplitMix64, const std::vector<page_t>&, const std::vector<double>&);
     static const std::map<std::string, Run> plain{
-        {"belady",
-         [](std::size_t k, SplitMix64, const auto& p, Values v) { return tally(BlindOracle(k), p, v); }},
-        {"lru",
-         [](std::size_t k, SplitMix64, const auto& p, Values v) { return tally(Follow<Lru>(k), p, v); }},
-        {"fifo",
-         [](std::size_t k, SplitMix64, const auto& p, Values v) { return tally(Follow<Fifo>(k), p, v); }},
-        {"rand",
-         [](std::size_t k, SplitMix64 d, const auto& p, Values v) { return tally(Rand<>(k, {d}), p, v); }},
-        {"marker",
-         [](std::size_t k, SplitMix64 d, const auto& p, Values v) { return tally(Marker<>(k, {d}), p, v); }},
-        {"guard_lru",
-         [](std::size_t k, SplitMix64 d, const auto& p, Values v) {
-             return tally(Guard<Lru>(k, {1, d}), p, v);
-         }},
+        {"belady", replay_with<BlindOracle>}, {"lru", replay_with<Follow<Lru>>},
+        {"fifo", replay_with<Follow<Fifo>>},  {"rand", replay_with<Rand<>>},
+        {"marker", replay_with<Marker<>>},    {"guard_lru", replay_with<Guard<Lru>>},
     };
-    static const std::vector<std::pair<std::string, Run>> predicting{
-        {"blind_",
-         [](std::size_t k, SplitMix64, const auto& p, Values v) { return tally(BlindOracle(k), p, v); }},
-        {"lmarker_",
-         [](std::size_t k, SplitMix64 d, const auto& p, Values v) { return tally(LMarker<>(k, {d}), p, v); }},
-        {"predictive_marker_", [](std::size_t k, SplitMix64 d, const auto& p,
-                                  Values v) { return tally(PredictiveMarker<>(k, {d}), p, v); }},
-        {"combine_", [](std::size_t k, SplitMix64, const auto& p,
-                        Values v) { return tally(CombineDeterministic<BlindOracle, Follow<Lru>>(k), p, v); }},
-        {"guard_",
-         [](std::size_t k, SplitMix64 d, const auto& p, Values v) {
-             return tally(Guard<>(k, {1, d}), p, v);
-         }},
+    static const std::map<std::string, Run> predicting{
+        {"blind_", replay_with<BlindOracle>},
+        {"lmarker_", replay_with<LMarker<>>},
+        {"predictive_marker_", replay_with<PredictiveMarker<>>},
+        {"combine_", replay_with<Mixture>},
+        {"guard_", replay_with<Guard<>>},
     };
     const auto policies = words(file.text("policies")), sizes = words(file.text("k"));
     Numbers misses, guards;
@@ -347,8 +323,8 @@ void check_misses(GoldenFile& file) {
             throw error::format_error("policy '" + policy + "' is unknown");
         for (const std::string& size : sizes) {
             const Tally total = run(std::stoul(size), draws, pages, guesses.at(values));
-            misses.push_back(total.misses);
-            guards.push_back(total.guards);
+            misses.push_back(static_cast<std::int64_t>(total.misses));
+            guards.push_back(static_cast<std::int64_t>(total.guards));
         }
     }
     file.expect("out.misses", {policies.size(), sizes.size()}, misses);

@@ -10,8 +10,8 @@
 
 #include "kvcull/paging/predictors.hpp"
 #include "kvcull/paging/rules.hpp"
-#include "paging/requests.hpp"
 #include "support/catch.hpp"
+#include "support/requests.hpp"
 
 namespace {
 

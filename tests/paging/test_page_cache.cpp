@@ -7,27 +7,28 @@
 #include <initializer_list>
 #include <map>
 #include <set>
+#include <tuple>
 #include <vector>
 
 #include "kvcull/paging/guard.hpp"
 #include "kvcull/paging/rules.hpp"
-#include "paging/requests.hpp"
 #include "support/catch.hpp"
 #include "support/counting.hpp"
+#include "support/requests.hpp"
 
 namespace {
 
 using namespace kvcull;
 using Mixture = CombineDeterministic<BlindOracle, Follow<Lru>>;
 
-#define KVCULL_PAGE_CACHES                                                                        \
-    Guard<>, Guard<Lru>, Guard<Fifo>, Guard<Labels>, Follow<Furthest>, Follow<Lru>, Follow<Fifo>, \
-        Follow<Labels>, Rand<>, Marker<>, LMarker<>, PredictiveMarker<>, Mixture
+using PageCaches =
+    std::tuple<Guard<>, Guard<Lru>, Guard<Fifo>, Guard<Labels>, Follow<Furthest>, Follow<Lru>, Follow<Fifo>,
+               Follow<Labels>, Rand<>, Marker<>, LMarker<>, PredictiveMarker<>, Mixture>;
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("a page cache holds what was requested, keeps pins, and frees what is erased",
-                   "[property]", KVCULL_PAGE_CACHES) {
+TEMPLATE_LIST_TEST_CASE("a page cache holds what was requested, keeps pins, and frees what is erased",
+                        "[property]", PageCaches) {
     static_assert(PageCache<TestType>);
     for (const std::size_t slots : std::initializer_list<std::size_t>{1, 2, 3, 8, 31}) {
         CAPTURE(slots);
@@ -90,7 +91,7 @@ TEMPLATE_TEST_CASE("a page cache holds what was requested, keeps pins, and frees
     }
 }
 
-TEMPLATE_TEST_CASE("a refused request leaves no trace", "", KVCULL_PAGE_CACHES) {
+TEMPLATE_LIST_TEST_CASE("a refused request leaves no trace", "", PageCaches) {
     TestType cache(2), other(2);
     for (const page_t page : std::initializer_list<page_t>{1, 2}) {
         for (TestType* each : {&cache, &other}) {

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <vector>
 
-#include "paging/requests.hpp"
 #include "support/catch.hpp"
+#include "support/requests.hpp"
 
 namespace {
 

@@ -1,12 +1,13 @@
 #include "kvcull/paging/rules.hpp"
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <initializer_list>
 #include <vector>
 
-#include "paging/requests.hpp"
 #include "support/catch.hpp"
+#include "support/requests.hpp"
 
 namespace {
 
@@ -46,20 +47,15 @@ TEST_CASE("a marking rule evicts only what its phase has not requested", "[prope
             CAPTURE(slots, name);
             Marker<> cache(slots);
             std::vector<page_t> requested;  // since the phase began
-            std::size_t distinct = 0;
             for (const page_t page : pages) {
                 const bool known = std::find(requested.begin(), requested.end(), page) != requested.end();
                 const Access access = cache.request(page, 0);
-                if (access.victim && distinct == slots) {  // all are marked: a new phase
+                if (access.victim && requested.size() == slots) {  // all are marked: a new phase
                     requested.clear();
-                    distinct = 0;
                 } else if (access.victim) {
                     REQUIRE(std::find(requested.begin(), requested.end(), *access.victim) == requested.end());
                 }
-                if (!known || requested.empty()) {
-                    requested.push_back(page);
-                    ++distinct;
-                }
+                if (!known || requested.empty()) requested.push_back(page);
             }
         }
     }

@@ -171,6 +171,8 @@ TEST_CASE("a step that cannot be is refused before anything changed") {
     REQUIRE_THROWS_WITH(refuse({1, 2, 3}, 6), contains_text("pinned ones included is 4, want at most 3"));
     REQUIRE_THROWS_AS(tier.end_step(), error::state_error);
     REQUIRE_THROWS_AS(tier.frame(77), error::state_error);
+    REQUIRE(tier.counts() == counts);
+    REQUIRE(bench.memory.calls == calls);
     tier.step(std::vector<page_t>{1, 2});
     REQUIRE_THROWS_AS(refuse({1}), error::state_error);  // the last step is open
     REQUIRE_THROWS_AS(tier.erase(1), error::state_error);
