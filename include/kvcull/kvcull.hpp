@@ -8,6 +8,7 @@
 #include "cache/kv_cache.hpp"
 #include "integrations/registry.hpp"
 #include "paging/guard.hpp"
+#include "paging/memory_store.hpp"
 #include "paging/tier.hpp"
 #include "policies.hpp"
 #include "select/budget.hpp"
