@@ -7,6 +7,7 @@
 #include "cache/evictor.hpp"
 #include "cache/kv_cache.hpp"
 #include "integrations/registry.hpp"
+#include "paging/file_store.hpp"
 #include "paging/guard.hpp"
 #include "paging/memory_store.hpp"
 #include "paging/tier.hpp"

@@ -36,6 +36,11 @@ struct capacity_error : state_error {
 struct format_error : exception {
     using exception::exception;
 };
+/// The system refused a call on a file.
+struct io_error : exception {
+    io_error(const std::string& message, int code_) : exception(message), code(code_) {}
+    int code;  ///< errno
+};
 
 }  // namespace kvcull::inline KVCULL_ABI::error
 
