@@ -10,6 +10,7 @@
 #include "paging/file_store.hpp"
 #include "paging/guard.hpp"
 #include "paging/memory_store.hpp"
+#include "paging/quest.hpp"
 #include "paging/tier.hpp"
 #include "policies.hpp"
 #include "select/budget.hpp"
