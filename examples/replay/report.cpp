@@ -4,6 +4,7 @@
 #include <fstream>
 #include <iomanip>
 #include <kvcull/base/safetensors.hpp>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <ostream>
 #include <sstream>
@@ -104,49 +105,25 @@ void write_kept(const std::filesystem::path& file, const Trace& trace, std::span
 }
 
 void write_error_svg(const std::filesystem::path& file, const Trace& trace, std::span<const Outcome> runs) {
-    const auto policies = policies_of(runs);
-    std::ostringstream plot, tics;
-    std::size_t longest = 0;
-    for (std::size_t p = 0; p < policies.size(); ++p) {
-        std::vector<const Outcome*> line;
+    std::vector<examples::Line> lines;
+    std::map<std::size_t, std::string> budgets;  // by their tokens
+    for (const std::string& policy : policies_of(runs)) {
+        examples::Line& line = lines.emplace_back(examples::Line{policy, {}});
         for (const Outcome& run : runs)
-            if (run.setting.policy == policies[p]) line.push_back(&run);
-        const auto x = [&](const Outcome* run) { return budget_tokens(run->setting.budget, trace.prompt); };
-        std::sort(line.begin(), line.end(), [&](auto* a, auto* b) { return x(a) < x(b); });
-        plot << "$p" << p << " << EOD\n";
-        for (const Outcome* run : line) {
-            plot << x(run) << ' ' << run->mean_error << ' ' << run->mean_mass << '\n';
-            if (p == 0)
-                tics << (run == line.front() ? "" : ", ") << quoted(text_of(run->setting.budget)) << ' '
-                     << x(run);
-        }
-        plot << "EOD\n";
-        longest = std::max(longest, policies[p].size());
+            if (run.setting.policy == policy) {
+                const std::size_t tokens = budget_tokens(run.setting.budget, trace.prompt);
+                budgets[tokens] = text_of(run.setting.budget);
+                line.points.push_back({static_cast<double>(tokens), {run.mean_error, run.mean_mass}});
+            }
+        std::sort(line.points.begin(), line.points.end(),
+                  [](const auto& a, const auto& b) { return a.x < b.x; });
     }
-    // in pixels: two panels left, the legend right
-    const double legend = 90 + 7.5 * static_cast<double>(longest), width = 70 + 800 + legend, height = 340;
-    plot << "set multiplot layout 1,2 margins screen " << 70 / width << ',' << 1 - legend / width
-         << ",0.17,0.88"
-         << " spacing screen " << 80 / width
-         << "\nset logscale x 2\nset offsets graph 0.05, graph 0.05, 0, 0\n"
-         << "set xtics (" << tics.str() << ")\nset grid lc rgb '#e0e0e0'\nset border 3 lc rgb '#808080'\n"
-         << "set tics nomirror textcolor rgb '#404040'\nset xlabel 'budget per KV head'\n"
-         << "set key at screen 0.99,0.5 right center vertical maxcols 1 Left reverse samplen 2 noautotitle\n";
-    const auto panel = [&](const char* title, int column, bool titled) {
-        plot << "set title " << quoted(title) << "\nplot ";
-        for (std::size_t p = 0; p < policies.size(); ++p) {
-            plot << (p == 0 ? "" : ", ") << "$p" << p << " using 1:" << column << ' '
-                 << examples::line_of(policies[p], p) << " title " << (titled ? quoted(policies[p]) : "''")
-                 << " noenhanced";
-        }
-        plot << '\n';
-    };
-    plot << "set yrange [0:*]\n";
-    panel("error of the output, mean", 2, false);
-    plot << "set yrange [0:1.03]\n";
-    panel("attention mass kept, mean", 3, true);
-    plot << "unset multiplot\n";
-    examples::draw_svg(file, width, height, plot.str());
+    std::string tics;
+    for (const auto& [tokens, text] : budgets)
+        tics += (tics.empty() ? "" : ", ") + quoted(text) + ' ' + std::to_string(tokens);
+    examples::draw_panels(file, "budget per KV head", tics, lines,
+                          {{{"error of the output, mean", "set yrange [0:*]"},
+                            {"attention mass kept, mean", "set yrange [0:1.03]"}}});
 }
 
 void write_kept_svg(const std::filesystem::path& file, const Trace& trace, std::span<const Outcome> runs,
