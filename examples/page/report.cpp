@@ -1,0 +1,63 @@
+#include "report.hpp"
+
+#include <algorithm>
+#include <fstream>
+#include <iomanip>
+#include <nlohmann/json.hpp>
+#include <ostream>
+#include <set>
+#include <stdexcept>
+
+#include "../common/gnuplot.hpp"
+
+namespace page {
+
+void print_table(std::ostream& out, std::span<const Outcome> runs) {
+    std::size_t longest = 6;
+    for (const Outcome& run : runs) longest = std::max(longest, run.policy.size());
+    const int name = static_cast<int>(longest);
+    out << std::left << std::setw(name) << "policy" << std::right
+        << "   slots     misses  / OPT     guards     ns\n";
+    for (const Outcome& run : runs)
+        out << std::left << std::setw(name) << run.policy << std::right << std::setw(8) << run.slots
+            << std::setw(11) << run.misses << std::fixed << std::setprecision(3) << std::setw(7)
+            << run.ratio() << std::setw(11) << run.guards << std::setprecision(1) << std::setw(7) << run.ns
+            << '\n';
+}
+
+void write_json(const std::filesystem::path& file, const nlohmann::ordered_json& trace,
+                std::span<const Outcome> runs) {
+    nlohmann::ordered_json whole{{"trace", trace}, {"runs", nlohmann::ordered_json::array()}};
+    for (const Outcome& run : runs)
+        whole["runs"].push_back({{"policy", run.policy},
+                                 {"slots", run.slots},
+                                 {"misses", run.misses},
+                                 {"opt_misses", run.opt_misses},
+                                 {"misses_over_opt", run.ratio()},
+                                 {"guards", run.guards},
+                                 {"ns_per_request", run.ns}});
+    std::ofstream out(file);
+    out << whole.dump(1) << '\n';
+    if (!out.flush()) throw std::runtime_error(file.string() + ": cannot be written");
+}
+
+void write_svg(const std::filesystem::path& file, std::span<const Outcome> runs) {
+    std::vector<examples::Line> lines;
+    std::set<std::size_t> sizes;
+    for (const Outcome& run : runs) {
+        auto line = std::find_if(lines.begin(), lines.end(),
+                                 [&](const examples::Line& known) { return known.name == run.policy; });
+        if (line == lines.end()) line = lines.insert(line, {run.policy, {}});
+        line->points.push_back({static_cast<double>(run.slots), {run.ratio(), run.ns}});
+        sizes.insert(run.slots);
+    }
+    for (examples::Line& line : lines)
+        std::sort(line.points.begin(), line.points.end(),
+                  [](const auto& a, const auto& b) { return a.x < b.x; });
+    std::string tics;
+    for (const std::size_t slots : sizes) tics += (tics.empty() ? "" : ", ") + std::to_string(slots);
+    examples::draw_panels(file, "slots", tics, lines,
+                          {{{"misses / OPT", "set yrange [1:*]"}, {"ns per request", "set yrange [0:*]"}}});
+}
+
+}  // namespace page
