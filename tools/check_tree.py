@@ -159,9 +159,16 @@ def check_readme(root):
             yield f"README.md: the line of the preset {preset} does not end in its workflow"
     if lines[1] not in [line.strip() for line in read(root, ".ci/run").splitlines()]:
         yield ".ci/run does not run the second command of README.md word for word"
-    for snippet in blocks(text, "cpp")[:1]:
-        if snippet not in read(root, "examples/01_quickstart.cpp"):
-            yield "README.md: the first `cpp` block is not part of examples/01_quickstart.cpp"
+
+
+def check_snippets(root):
+    for page, example in (
+        ("README.md", "examples/01_quickstart.cpp"),
+        ("docs/paging.md", "examples/04_page_cache.cpp"),
+    ):
+        for snippet in blocks(read(root, page), "cpp")[:1]:
+            if snippet not in read(root, example):
+                yield f"{page}: the first `cpp` block is not part of {example}"
 
 
 def check_versions(root):
@@ -177,7 +184,7 @@ def check_versions(root):
             yield f"{file}: version {found[1] if found else 'missing'}, want {version} as in base/config.hpp"
 
 
-CHECKS = [check_includes, check_form, check_umbrellas, check_readme, check_versions]
+CHECKS = [check_includes, check_form, check_umbrellas, check_readme, check_snippets, check_versions]
 
 
 def offences(root):
@@ -202,6 +209,8 @@ GOOD = {
     "examples/01_quickstart.cpp": "// first\nint main() {}\n",
     "README.md": "```sh\nx && cmake --workflow --preset demo\ny && cmake --workflow --preset test\n```\n"
     "```cpp\nint main() {}\n```\n",
+    "examples/04_page_cache.cpp": "// fourth\nint main() {}\n",
+    "docs/paging.md": "```cpp\nint main() {}\n```\n",
     ".ci/run": "    y && cmake --workflow --preset test\n",
     "vcpkg.json": '{"version": "1.2.3"}',
     "CITATION.cff": "cff-version: 1.2.0\nversion: 1.2.3\n",
@@ -237,6 +246,7 @@ BAD = [
     ("README.md", "```sh\nx\n```\n", "has 1 lines"),
     ("README.md", GOOD["README.md"].replace("demo", "other"), "the preset demo does not end"),
     ("README.md", GOOD["README.md"].replace("main", "other"), "not part of examples/01_quickstart.cpp"),
+    ("docs/paging.md", "```cpp\nint other() {}\n```\n", "not part of examples/04_page_cache.cpp"),
     (".ci/run", "z && cmake --workflow --preset test\n", ".ci/run does not run"),
     ("vcpkg.json", '{"version": "1.2.2"}', "vcpkg.json: version 1.2.2"),
     ("CITATION.cff", "cff-version: 1.2.3\n", "CITATION.cff: version missing"),
