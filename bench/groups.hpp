@@ -7,5 +7,6 @@ void add_attention();  // decode/.. and prefill/..
 void add_selection();  // select/..
 void add_policies();   // policy/..
 void add_cache();      // cache/..
+void add_paging();     // paging/..
 
 }  // namespace kvcull::bench

@@ -4,8 +4,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
+#include <list>
 #include <numeric>
 #include <span>
+#include <unordered_map>
 #include <vector>
 
 #include "kvcull/base/types.hpp"
@@ -52,5 +55,31 @@ inline void gather(std::span<const index_t> keep, float* rows, std::size_t dim) 
         for (std::size_t c = 0; c < dim; ++c)
             rows[to * dim + c] = rows[static_cast<std::size_t>(keep[to]) * dim + c];
 }
+
+/// LRU of the standard library's parts: the newest page in front.
+class ListLru {
+  public:
+    explicit ListLru(std::size_t slots) : slots_(slots) { where_.reserve(slots + 1); }
+
+    /// @returns whether the page was there
+    bool request(std::uint64_t page) {
+        if (const auto found = where_.find(page); found != where_.end()) {
+            pages_.splice(pages_.begin(), pages_, found->second);
+            return true;
+        }
+        if (pages_.size() == slots_) {
+            where_.erase(pages_.back());
+            pages_.pop_back();
+        }
+        pages_.push_front(page);
+        where_.emplace(page, pages_.begin());
+        return false;
+    }
+
+  private:
+    std::size_t slots_;
+    std::list<std::uint64_t> pages_;
+    std::unordered_map<std::uint64_t, std::list<std::uint64_t>::iterator> where_;
+};
 
 }  // namespace kvcull::bench::naive
