@@ -9,7 +9,7 @@
 
 #include "groups.hpp"
 #include "kvcull/cache/tiles.hpp"
-#include "kvcull/select/plan.hpp"
+#include "kvcull/select/executors.hpp"
 #include "kvcull/select/topk.hpp"
 #include "policies.hpp"
 #include "support/cases.hpp"

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "groups.hpp"
-#include "kvcull/select/plan.hpp"
+#include "kvcull/select/executors.hpp"
 #include "kvcull/select/topk.hpp"
 #include "support/cases.hpp"
 #include "support/naive.hpp"

@@ -14,5 +14,6 @@
 #include "paging/tier.hpp"
 #include "policies.hpp"
 #include "select/budget.hpp"
+#include "select/executors.hpp"
 #include "select/head_rules.hpp"
 #include "select/layer_rules.hpp"

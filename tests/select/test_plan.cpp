@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kvcull/base/memory.hpp"
+#include "kvcull/select/executors.hpp"
 #include "support/catch.hpp"
 
 using namespace kvcull;

@@ -13,6 +13,7 @@
 
 #include "kvcull/cache/evictor.hpp"
 #include "kvcull/cache/kv_cache.hpp"
+#include "kvcull/select/executors.hpp"
 #include "kvcull/simd/kernels.hpp"
 #include "support/random.hpp"
 

@@ -11,6 +11,7 @@
 
 #include "kvcull/cache/evictor.hpp"
 #include "kvcull/cache/kv_cache.hpp"
+#include "kvcull/select/executors.hpp"
 #include "support/random.hpp"
 
 namespace kvcull::test {

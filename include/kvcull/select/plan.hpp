@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstring>
 #include <span>
 #include <vector>
 
@@ -113,23 +112,5 @@ class Plan {
     std::vector<index_t> keep_;
     std::vector<Move> moves_;
 };
-
-/// Carries out one head's moves on an engine's own rows: `row_bytes` opaque bytes every `stride_bytes`.
-/// Bit for bit, in place; a run of neighbours is one memmove. Call it once per array (K, V, scales, ..).
-inline void move_rows(std::span<const Move> moves, void* data, std::size_t row_bytes,
-                      std::size_t stride_bytes) noexcept {
-    auto* base = static_cast<std::byte*>(data);
-    for (std::size_t i = 0; i < moves.size();) {
-        std::size_t count = 1;
-        if (row_bytes == stride_bytes)
-            while (i + count < moves.size() &&
-                   moves[i + count].from == moves[i].from + static_cast<index_t>(count) &&
-                   moves[i + count].to == moves[i].to + static_cast<index_t>(count))
-                ++count;
-        std::memmove(base + static_cast<std::size_t>(moves[i].to) * stride_bytes,
-                     base + static_cast<std::size_t>(moves[i].from) * stride_bytes, count * row_bytes);
-        i += count;
-    }
-}
 
 }  // namespace kvcull::inline KVCULL_ABI
