@@ -17,3 +17,4 @@
 #include "select/executors.hpp"
 #include "select/head_rules.hpp"
 #include "select/layer_rules.hpp"
+#include "select/reduce.hpp"
