@@ -14,6 +14,7 @@
 #include "kvcull/policies.hpp"
 #include "kvcull/select/executors.hpp"
 #include "kvcull/select/head_rules.hpp"
+#include "kvcull/select/reduce.hpp"
 #include "support/catch.hpp"
 #include "support/foreign.hpp"
 
@@ -341,4 +342,53 @@ TEST_CASE("engines of every kind of memory hold what a cache holds after every s
     SECTION("obcache") {
         differ(OBCache{.recent = 3}, {.tokens = 12}, Uniform{});
     }
+}
+
+TEST_CASE("an engine that drops the same tokens everywhere reduces scores and commits its own plan",
+          "[contract]") {
+    constexpr std::size_t budget = 16, block = 4, tokens = 70;
+    const Rounded rows(tokens, 7);
+    const Stream stream(shape, tokens, 8);
+    Evictor evictor(shape, H2O{.recent = 2}, Budget{.tokens = budget});
+    evictor.hold(true);
+    evictor.keep_ascending();
+    Buffers engine = Buffers::of<Plain>();
+    Reducer reduce;
+    std::vector<position_t> naive;
+    for (std::size_t token = 0; token < tokens; ++token) {
+        for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+            engine.append(layer, rows, token, 1);
+            REQUIRE(evictor.step(layer, engine.view().layer(layer), stream.q(layer, token, 1)).empty());
+        }
+        evictor.end_step();
+        naive.push_back(static_cast<position_t>(token));
+        if (naive.size() < 2 * budget) continue;
+
+        const CacheView view = engine.view();
+        std::vector<std::vector<float>> scores(shape.heads(), std::vector<float>(naive.size()));
+        std::vector<Candidates> heads;
+        for (std::size_t i = 0; i < shape.heads(); ++i) {
+            evictor.scores(i / shape.kv_heads, i % shape.kv_heads, view.heads[i], scores[i]);
+            heads.push_back({scores[i], view.heads[i].position, budget, {0, 2}});
+        }
+        std::vector<std::vector<index_t>> keep(1);
+        const double given_up =
+            reduce({.all_layers = true, .block_rows = block}, shape.kv_heads, heads, {}, keep);
+        REQUIRE(given_up > 0.0);
+        REQUIRE(keep[0].size() == budget);
+        Plan plan;
+        for (std::size_t i = 0; i < shape.heads(); ++i)
+            plan.add(i / shape.kv_heads, i % shape.kv_heads, naive.size(), keep[0], evictor.compaction());
+        engine.apply(plan);
+        evictor.commit(plan);
+
+        std::vector<position_t> left;
+        for (const index_t row : keep[0]) left.push_back(naive[static_cast<std::size_t>(row)]);
+        naive = left;
+        for (const HeadView& head : engine.view().heads) REQUIRE(to_vector(head.position) == naive);
+        for (std::size_t layer = 0; layer < shape.layers; ++layer)
+            REQUIRE(evictor.live().rows[layer * shape.kv_heads] == naive.size());
+    }
+    REQUIRE(naive.size() < 2 * budget);
+    REQUIRE(naive.back() == static_cast<position_t>(tokens - 1));
 }

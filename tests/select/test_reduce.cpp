@@ -228,6 +228,9 @@ TEST_CASE("protected rows outlive any score, and the budget outlives them", "[pr
         for (std::size_t i = 1; i <= recent; ++i) must.push_back(static_cast<position_t>(3 * (n - i)));
         for (const position_t position : must) REQUIRE(kept.count(position) == 1);
     }
+    // Four pinned rows of one block are one block.
+    const Head four{{1, 1, 1, 1, 2, 2, 2, 2}, {0, 1, 2, 3, 4, 5, 6, 7}, 4, {}};
+    CHECK(reduce({.block_rows = 4}, 1, {four}, {{0, 4}}).keep[0] == std::vector<index_t>{0, 1, 2, 3});
     // Two blocks of three: the recent rows come before the sinks.
     Head head{{9, 9, 9, 9, 9, 9, 0, 0, 0}, {0, 1, 2, 3, 4, 5, 6, 7, 8}, 6, {2, 4}};
     CHECK(reduce({.block_rows = 3}, 1, {head}).keep[0] == std::vector<index_t>{3, 4, 5, 6, 7, 8});
@@ -251,6 +254,12 @@ TEST_CASE("layers keep equally many rows or blocks where asked", "[property]") {
         }
         REQUIRE(blocks[0] == blocks[1]);
     }
+    // Of recent rows that are too many for the smaller layer, the newest ones stay.
+    const Head small{{9, 8, 7, 6, 5, 4}, {0, 1, 2, 3, 4, 5}, 2, {}};
+    Head large = small;
+    large.size = 5;
+    large.protect.recent = 4;
+    CHECK(reduce({.equal_counts = true}, 1, {small, large}).keep[1] == std::vector<index_t>{4, 5});
 }
 
 TEST_CASE("heads that do not fit each other are refused and no list changes", "[contract]") {
