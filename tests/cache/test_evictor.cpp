@@ -914,9 +914,9 @@ TEST_CASE("rows stay ascending for an engine that asks for it", "[property]") {
         CAPTURE(policy.name);
         const Stream stream(small, tokens, 18);
         Evictor fill(small, policy, Budget{.tokens = 8}), ascending(small, policy, Budget{.tokens = 8});
-        REQUIRE(fill.compaction() == (is_ordered(policy) ? Compaction::ascending : Compaction::fill));
+        REQUIRE(fill.compaction(0) == (is_ordered(policy) ? Compaction::ascending : Compaction::fill));
         ascending.keep_ascending();
-        REQUIRE(ascending.compaction() == Compaction::ascending);
+        REQUIRE(ascending.compaction(0) == Compaction::ascending);
         Foreign a(small), b(small);
         for (std::size_t first = 0; first < 30;) {
             const std::size_t count = first == 0 ? 14 : 1;

@@ -85,7 +85,7 @@ TEST_CASE("tiles cover the counted tokens once, with what was asked for and no m
     const ReferenceAttention naive = one.naive(causal);
     detail::TileScratch scratch;
     Record record;
-    detail::for_each_tile(one.base(), one.queries(), group, causal,
+    detail::for_each_tile(one.base(), one.queries(), group, {.causal = causal},
                           with_output ? one.outputs() : HeadsView<float>{}, needs, scratch,
                           [&](const HeadStep& step) { record.tile(step); });
 
@@ -140,7 +140,7 @@ TEST_CASE("a head without rows gives zeros", "[contract]") {
     Case one(2, 0, 3, 4, 2);
     detail::TileScratch scratch;
     std::size_t calls = 0;
-    detail::for_each_tile(one.base(), one.queries(), 2, false, one.outputs(),
+    detail::for_each_tile(one.base(), one.queries(), 2, {.causal = false}, one.outputs(),
                           {.rows = all_rows, .attention = true, .output = true}, scratch,
                           [&](const HeadStep& step) {
                               ++calls;

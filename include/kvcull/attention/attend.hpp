@@ -13,6 +13,7 @@
 #include "../base/error.hpp"
 #include "../simd/kernels.hpp"
 #include "../views.hpp"
+#include "logits.hpp"
 #include "row_kernels.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
@@ -24,7 +25,7 @@ struct AttentionRows {
     MatrixView<float> attention = {};
     /// [R] required: log-sum-exp; -Inf: the row sees nothing (output 0); NaN: bad row (output NaN)
     std::span<float> lse = {};
-    MatrixView<float> logits = {};     ///< [R, n] or empty: scaled logits, 0 where invisible
+    MatrixView<float> logits = {};     ///< [R, n] or empty: what softmax sees, 0 where invisible
     MatrixView<float> output = {};     ///< [R, d_v] or empty: then V is not read
     std::span<float> column_sum = {};  ///< [n] or empty: += attention over the rows
     std::span<float> column_max = {};  ///< [n] or empty: max with attention over the rows
@@ -121,13 +122,14 @@ inline void check_attend(const MatrixView<const float>& q, const RowsView& k, co
 /// multiply-adds. Allocates nothing.
 /// @param q        [R, d]. @param k [n, d], f32, f16 or bf16. @param v [n, d_v], read only if an output is
 /// wanted.
-/// @param visible  [R], `end` at most n. @param scale  factor of the logits, usually 1 / sqrt(d).
+/// @param visible  [R], `end` at most n. @param rule  what becomes of the dot products; a number is their
+/// scale.
 /// @param reader   gets every piece of K and V right after it was read, while it is in cache; if all rows see
 /// the same entries, each piece once, in order.
 /// @throws shape_error for sizes that do not fit; nothing is written then.
 template <class Reader = detail::NoReader>
 void attend(const simd::Kernels& kernels, MatrixView<const float> q, const RowsView& k, const RowsView& v,
-            std::span<const Visible> visible, float scale, const AttentionRows& want,
+            std::span<const Visible> visible, const LogitRule& rule, const AttentionRows& want,
             const Reader& reader = {}) {
     detail::check_attend(q, k, v, visible, want);
     const std::size_t rows = q.rows, n = k.rows();
@@ -135,7 +137,7 @@ void attend(const simd::Kernels& kernels, MatrixView<const float> q, const RowsV
 
     const auto score = [&](std::size_t first, std::size_t last, std::size_t begin, std::size_t end) {
         detail::for_each_piece(k, begin, end, [&](const RowsView::Run& piece, const std::byte* next) {
-            detail::dots(kernels, q[first].data(), q.stride, last - first, k, piece, scale,
+            detail::dots(kernels, q[first].data(), q.stride, last - first, k, piece, rule.scale,
                          attention[first].data() + piece.first, attention.stride, next);
             reader.keys(piece);
         });
@@ -149,6 +151,8 @@ void attend(const simd::Kernels& kernels, MatrixView<const float> q, const RowsV
         float* weights = attention[row].data();
         std::fill(weights + ranges.head, weights + ranges.begin, 0.0F);
         std::fill(weights + ranges.end, weights + n, 0.0F);
+        detail::finish_logits(rule, row, 0, {weights, ranges.head});
+        detail::finish_logits(rule, row, ranges.begin, {weights + ranges.begin, band});
         if (!want.logits.empty()) std::copy(weights, weights + n, want.logits[row].data());
         // The softmax wants its row in one piece: the band moves next to the head, and back.
         if (band != 0 && ranges.begin != ranges.head)

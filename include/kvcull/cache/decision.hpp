@@ -29,14 +29,16 @@ class Decision {
     };
 
     Decision(CacheShape cache, P method, Budget limits, Rule division)
-        : shape(checked(cache)),
+        : shape(checked(std::move(cache))),
           policy(std::move(method)),
-          budget(in_tokens(limits, shape.heads(), shape.row_bytes())),
+          budget(tokens_of(limits)),
           rule(std::move(division)) {
+        if (shape.softcap > 0.0F) require_any_logits("CacheShape", "softcap");
         for (const Phase phase : {Phase::prompt, Phase::decode, Phase::probe})
             falls_due[static_cast<std::size_t>(phase)] =
                 may_fall_due(phase, false) || may_fall_due(phase, true);
-        never = !decides_late<P> && std::find(falls_due.begin(), falls_due.end(), true) == falls_due.end();
+        never = asked_heads() == 0 ||
+                (!decides_late<P> && std::find(falls_due.begin(), falls_due.end(), true) == falls_due.end());
         if (!never || budget.tokens > 0 || budget.ratio != 0.0) check_budget(budget);
         scores_.resize(pools_model() ? shape.heads() : shape.kv_heads);
         keeps_.resize(pools_model() || scope() == Scope::layer_pooled ? scores_.size() : 1);
@@ -50,6 +52,27 @@ class Decision {
     bool never = false;               // the policy never evicts, whatever the rows
     Compaction compaction = is_ordered(policy) ? Compaction::ascending : Compaction::fill;
     Workers workers;
+    Bias bias;
+
+    /// Whether the policy has no say in a layer.
+    [[nodiscard]] bool spares(std::size_t layer) const noexcept { return shape.layer(layer).spared(); }
+    /// Heads that the policy has a say in.
+    [[nodiscard]] std::size_t asked_heads() const noexcept {
+        std::size_t heads = 0;
+        for (std::size_t index = 0; index < shape.layers; ++index)
+            heads += spares(index) ? 0 : shape.kv_heads;
+        return heads;
+    }
+    /// @throws config_error if the policy only knows plain logits.
+    void require_any_logits(std::string_view where, std::string_view name) const {
+        bool plain = Lookahead<P>;
+        for (const Phase phase : {Phase::prompt, Phase::decode, Phase::probe}) {
+            const Needs needs = policy.needs(phase);
+            plain = plain || (needs.rows > 0 && (!needs.attention || needs.logits));
+        }
+        check<error::config_error>(!plain || FollowsLogits<P>, where, name, "given",
+                                   text("none: ", P::name, " reads plain logits"));
+    }
 
     [[nodiscard]] Scope scope() const { return scope_of(policy); }
     [[nodiscard]] bool pools_model() const { return scope() == Scope::model_pooled; }
@@ -59,7 +82,8 @@ class Decision {
     template <class Visit>
     void for_each_span(Visit&& visit) const {
         if (pools_model()) return visit(Span{0, shape.heads()});
-        for (std::size_t index = 0; index < shape.layers; ++index) visit(layer(index));
+        for (std::size_t index = 0; index < shape.layers; ++index)
+            if (!spares(index)) visit(layer(index));
     }
 
     /// The budget is known: sizes of all heads. @throws config_error; `live` is then unchanged.
@@ -67,7 +91,10 @@ class Decision {
         if constexpr (Checked<P>) policy.check(tokens);
         std::vector<std::size_t> layers(shape.layers), sizes(shape.heads());
         rule.layer_sizes(tokens, prompt, protection(tokens, 0), layers);
-        for (std::size_t i = 0; i < sizes.size(); ++i) sizes[i] = layers[i / shape.kv_heads];
+        for (std::size_t i = 0; i < sizes.size(); ++i) {
+            const std::size_t index = i / shape.kv_heads;
+            sizes[i] = spares(index) ? unlimited : layers[index];
+        }
         check_pins(live.pinned, sizes);
         live.sizes = std::move(sizes);
         live.resolved = true;
@@ -84,7 +111,8 @@ class Decision {
     /// Zero is tried too, as it is a multiple of every interval.
     [[nodiscard]] bool may_fall_due(Phase phase, bool prompt_end) const {
         constexpr std::size_t many = unlimited / 4;
-        for (std::size_t layer = 0; layer < shape.layers; ++layer)
+        for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+            if (spares(layer)) continue;
             for (const std::size_t seen : {std::size_t{0}, many})
                 for (const std::size_t since : {std::size_t{0}, many})
                     if (due({.phase = phase,
@@ -96,6 +124,7 @@ class Decision {
                              .budget = 1},
                             1))
                         return true;
+        }
         return false;
     }
     /// Whether the heads hold more than they may once `coming` rows have joined.
@@ -110,12 +139,15 @@ class Decision {
         const bool pooled = scope() == Scope::layer_pooled || pools_model();
         moment.layer = span.first / shape.kv_heads;
         moment.since = live.since[moment.layer] + (moment.phase == Phase::decode ? coming : 0);
+        std::size_t heads = 0;
         for (std::size_t i = span.first; i < span.first + span.count; ++i) {
+            if (spares(i / shape.kv_heads)) continue;
+            ++heads;
             moment.rows = live.rows[i] + coming + (pooled ? moment.rows : 0);
             moment.budget = live.sizes[i] + (pooled ? moment.budget : 0);
             if (!pooled && due(moment, 1)) return true;
         }
-        return pooled && due(moment, span.count);
+        return pooled && heads > 0 && due(moment, heads);
     }
 
     [[nodiscard]] HeadStep head_step(const Live<P>& live, std::size_t index, const HeadView& cached,
@@ -127,6 +159,8 @@ class Decision {
                 .next_position = live.call_next,
                 .cached = cached,
                 .scale = shape.logit_scale(),
+                .softcap = shape.softcap,
+                .bias = bias ? &bias : nullptr,
                 .kernels = workers.kernels,
                 .workspace = &scratch.policy,
                 .wrapper_workspace = &scratch.wrapper};
@@ -161,6 +195,10 @@ class Decision {
         for (std::size_t from = 0; from < count; from += shape.kv_heads)
             workers.for_each_head(shape.kv_heads, [&](std::size_t h, TileScratch& scratch) {
                 const std::size_t i = from + h, n = live.rows[first + i];
+                if (spares((first + i) / shape.kv_heads)) {
+                    scores_[i].get(n);
+                    return;
+                }
                 HeadStep step = head_step(live, first + i, views[i], scratch);
                 step.phase = phase;
                 score(live, first + i, step, queries, coming, scratch, {scores_[i].get(n), n});
@@ -168,8 +206,13 @@ class Decision {
 
         candidates_.clear();
         for (std::size_t i = 0; i < count; ++i) {
-            const std::size_t size = live.sizes[first + i];
-            candidates_.push_back({{scores_[i].data(), live.rows[first + i]},
+            const std::size_t size = live.sizes[first + i], n = live.rows[first + i];
+            if (spares((first + i) / shape.kv_heads)) {  // ranked with the others, but all of it is protected
+                std::fill_n(scores_[i].data(), n, 0.0F);
+                candidates_.push_back({{scores_[i].data(), n}, views[i].position, n, {.recent = n}});
+                continue;
+            }
+            candidates_.push_back({{scores_[i].data(), n},
                                    views[i].position,
                                    size - std::min(coming, size),
                                    protection(size, coming)});
@@ -204,6 +247,7 @@ class Decision {
         if constexpr (Forgets<P>)
             for (std::size_t i = 0; i < plan.size(); ++i) {
                 const HeadPlan head = plan[i];
+                if (spares(head.layer)) continue;
                 const std::size_t index = head.layer * shape.kv_heads + head.head;
                 policy.forget(live.states[index],
                               head_step(live, index, cached[head.head], workers.scratch[0]), head.keep);
@@ -234,6 +278,22 @@ class Decision {
     }
 
   private:
+    /// The budget in tokens. One of memory is that of all layers: those with a window take theirs first.
+    [[nodiscard]] Budget tokens_of(Budget limits) const {
+        if (limits.bytes == 0) return limits;
+        constexpr std::string_view where = "Budget";
+        std::size_t windows = 0;
+        for (std::size_t index = 0; index < shape.layers; ++index) {
+            const LayerTraits traits = shape.layer(index);
+            check<error::config_error>(traits.evicts || traits.window > 0, where, "bytes", limits.bytes,
+                                       text("a number of tokens: layer ", index, " keeps all its rows"));
+            if (traits.window > 0) windows += traits.most_rows() * shape.kv_heads * shape.row_bytes();
+        }
+        check<error::config_error>(asked_heads() > 0 && limits.bytes > windows, where, "bytes", limits.bytes,
+                                   text("more than the ", windows, " of layers with a window"));
+        limits.bytes -= windows;
+        return in_tokens(limits, asked_heads(), shape.row_bytes());
+    }
     [[nodiscard]] bool due(Moment moment, std::size_t heads) const {
         moment.slack = budget.slack * heads;
         if constexpr (Triggered<P>) return policy.due(moment);

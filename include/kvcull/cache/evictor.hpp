@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <string>
@@ -49,7 +50,11 @@ class Evictor {
         check_head("Evictor::size", layer, head);
         return live_.sizes[flat(layer, head)];
     }
-    [[nodiscard]] Compaction compaction() const noexcept { return decision_.compaction; }
+    /// How rows of a layer move. In one with a window they stay ascending.
+    [[nodiscard]] Compaction compaction(std::size_t layer) const {
+        check_layer("Evictor::compaction", layer);
+        return shape().layer(layer).window > 0 ? Compaction::ascending : decision_.compaction;
+    }
     /// For engines whose rows must stay ascending whatever the policy. Call it before the first token.
     void keep_ascending() {
         constexpr std::string_view where = "Evictor::keep_ascending";
@@ -61,6 +66,13 @@ class Evictor {
     void set_executor(Executor executor) { decision_.workers.executor = std::move(executor); }
     /// For differential tests and measurements; default: the best of this machine.
     void set_kernels(const simd::Kernels& kernels) noexcept { decision_.workers.kernels = &kernels; }
+    /// An additive bias of the logits, from the next call on; an empty one for none. It is called on the
+    /// executor's threads. @throws config_error if the policy only knows plain logits.
+    void set_bias(Bias bias) {
+        require_idle("Evictor::set_bias");
+        if (bias) decision_.require_any_logits("Evictor::set_bias", "bias");
+        decision_.bias = std::move(bias);
+    }
     /// Pauses eviction from the next call on. Rows enter and states follow as ever.
     void hold(bool on) {
         require_idle("Evictor::hold");
@@ -216,23 +228,33 @@ class Evictor {
         if (!admitted) admit(layer, q.tokens);
 
         if (live_.phase == Phase::decode) live_.since[layer] += q.tokens;
-        const Needs needs = policy().needs(live_.phase);
+        const bool spared = decision_.spares(layer);
+        const Needs needs = spared ? Needs{} : policy().needs(live_.phase);
         const auto span = decision_.layer(layer);
         const Moment moment = moment_after(q.tokens);
-        const bool evicts =
-            decides_per_layer() && !pauses(layer, moment) && decision_.due_now(live_, span, moment);
+        const bool evicts = !spared && decides_per_layer() && !pauses(layer, moment) &&
+                            decision_.due_now(live_, span, moment);
         decision_.workers.for_each_head(shape().kv_heads, [&](std::size_t h, detail::TileScratch& scratch) {
             HeadStep head = decision_.head_step(live_, flat(layer, h), cached[h], scratch);
             head.added = q.tokens;
             head.next_position = previous + 1;
             head.evicts = evicts;
-            detail::for_each_tile(head, q, h * shape().group(), true, out, needs, scratch,
-                                  detail::Observer<P>{policy(), live_.states[flat(layer, h)]});
+            const auto attend_tiles = [&](const auto& observe) {
+                detail::for_each_tile(head, q, h * shape().group(), mask(layer, true), out, needs, scratch,
+                                      observe);
+            };
+            if (spared)
+                attend_tiles([](const HeadStep& /*tile*/) {});
+            else
+                attend_tiles(detail::Observer<P>{policy(), live_.states[flat(layer, h)]});
         });
         live_.stepped[layer] = 1;
         live_.call_next = previous + 1;
         plan_.clear();
-        if (decides_per_layer()) decide(span, cached, moment);
+        if (spared)
+            leave_window(layer, cached);
+        else if (decides_per_layer())
+            decide(span, cached, moment);
         decision_.forget(live_, cached, plan_);
         live_.commit(plan_);
         return plan_;
@@ -319,15 +341,15 @@ class Evictor {
         decision_.workers.for_each_head(shape().kv_heads, [&](std::size_t h, detail::TileScratch& scratch) {
             HeadStep head = decision_.head_step(live_, flat(layer, h), cached[h], scratch);
             head.phase = Phase::probe;
-            detail::for_each_tile(head, q, h * shape().group(), false, {}, all, scratch,
+            detail::for_each_tile(head, q, h * shape().group(), mask(layer, false), {}, all, scratch,
                                   [&](const HeadStep& tile) {
                                       probe_output(tile, h, k, v, out, scratch);
-                                      if (asked.rows > 0)
+                                      if (asked.rows > 0 && !decision_.spares(layer))
                                           policy().observe(live_.states[flat(layer, h)], tile);
                                   });
         });
         plan_.clear();
-        if (decides_per_layer())
+        if (decides_per_layer() && !decision_.spares(layer))
             decide(decision_.layer(layer), cached, {.phase = Phase::probe, .seen = live_.seen});
         live_.commit(plan_);
         return plan_;
@@ -342,12 +364,17 @@ class Evictor {
         detail::check<error::shape_error>(tokens <= live_.seen, where, "tokens", tokens,
                                           detail::text("at most the ", live_.seen, " seen"));
         const position_t end = live_.next_position - static_cast<position_t>(tokens);
+        for (std::size_t layer = 0; layer < shape().layers; ++layer)
+            detail::check<error::shape_error>(
+                live_.gone[layer] <= std::max<position_t>(0, first_seen(layer, end)), where, "tokens", tokens,
+                detail::text("few enough for the rows that left the window of layer ", layer));
         plan_.clear();
         for (std::size_t i = 0; i < cached.heads.size(); ++i) {
             kept_.clear();
             for (std::size_t j = 0; j < live_.rows[i]; ++j)
                 if (cached.heads[i].position[j] < end) kept_.push_back(static_cast<index_t>(j));
-            plan_.add(i / shape().kv_heads, i % shape().kv_heads, live_.rows[i], kept_, decision_.compaction);
+            plan_.add(i / shape().kv_heads, i % shape().kv_heads, live_.rows[i], kept_,
+                      compaction(i / shape().kv_heads));
         }
         std::vector<std::size_t> since = live_.since;  // taking tokens back is no eviction
         for (std::size_t& count : since) count -= std::min(count, tokens);
@@ -364,6 +391,8 @@ class Evictor {
         require_idle(where);
         check_all(where, cached);
         std::vector<std::size_t> sizes(shape().heads(), size);
+        for (std::size_t i = 0; i < sizes.size(); ++i)
+            if (decision_.spares(i / shape().kv_heads)) sizes[i] = unlimited;
         std::swap(sizes, live_.sizes);
         plan_.clear();
         try {
@@ -400,6 +429,9 @@ class Evictor {
         check_head("Evictor::scores", layer, head);
         detail::check_size("Evictor::scores", "out.size()", out.size(), live_.rows[flat(layer, head)]);
         detail::check_size("Evictor::scores", "cached.rows()", cached.rows(), out.size());
+        detail::check<error::state_error>(!decision_.spares(layer), "Evictor::scores",
+                                          detail::text("layer ", layer), "spared from eviction",
+                                          "a layer that the policy has a say in");
         detail::TileScratch& scratch = decision_.workers.scratch_of(0);
         decision_.score(live_, flat(layer, head),
                         decision_.head_step(live_, flat(layer, head), cached, scratch), {}, 0, scratch, out);
@@ -411,6 +443,7 @@ class Evictor {
     }
     /// Whether head `index` (layer * kv_heads + head) might evict in a call that brings `coming` rows.
     [[nodiscard]] bool may_evict(std::size_t index, std::size_t coming) const {
+        if (decision_.spares(index / shape().kv_heads)) return falls_out(index, coming);
         if (Lookahead<P> || live_.hold || !decision_.falls_due[static_cast<std::size_t>(live_.phase)])
             return false;
         if (divides_heads(decision_.rule) && live_.phase == Phase::prompt)
@@ -421,6 +454,8 @@ class Evictor {
     /// Rows that head `index` will hold once its layer has made the step that brings `coming` rows.
     [[nodiscard]] std::size_t rows_after(std::size_t index, std::size_t coming) const {
         const std::size_t rows = live_.rows[index] + coming, layer = index / shape().kv_heads;
+        if (decision_.spares(layer))
+            return falls_out(index, coming) ? std::min(rows, shape().layer(layer).window) : rows;
         const bool by_itself = decision_.scope() == Scope::head || decision_.scope() == Scope::layer_shared;
         if (!by_itself || divides_heads(decision_.rule) || decides_late<P> || rows <= live_.sizes[index])
             return rows;
@@ -469,6 +504,31 @@ class Evictor {
             check_cached(where, layer, cached.layer(layer), 0);
     }
 
+    // --- layers with a window
+    // -------------------------------------------------------------------------------
+    [[nodiscard]] detail::TokenMask mask(std::size_t layer, bool causal) const noexcept {
+        return {causal, shape().layer(layer).window};
+    }
+    /// The first position that a token at `query` may see.
+    [[nodiscard]] position_t first_seen(std::size_t layer, position_t query) const noexcept {
+        const std::size_t window = shape().layer(layer).window;
+        return window == 0 ? 0 : query - static_cast<position_t>(window) + 1;
+    }
+    [[nodiscard]] bool falls_out(std::size_t index, std::size_t coming) const noexcept {
+        const LayerTraits traits = shape().layer(index / shape().kv_heads);
+        return traits.window > 0 && live_.rows[index] + coming > traits.most_rows();
+    }
+    void leave_window(std::size_t layer, LayerView cached) {
+        if (!falls_out(flat(layer, 0), 0)) return;
+        const std::size_t rows = live_.rows[flat(layer, 0)];
+        kept_.clear();
+        for (std::size_t j = mask(layer, true).first_seen(cached[0].position, live_.call_next); j < rows; ++j)
+            kept_.push_back(static_cast<index_t>(j));
+        for (std::size_t h = 0; h < shape().kv_heads; ++h)
+            plan_.add(layer, h, rows, kept_, Compaction::ascending);
+        live_.gone[layer] = first_seen(layer, live_.call_next);
+    }
+
     /// Whether a layer decides at the end of its own call.
     [[nodiscard]] bool decides_per_layer() const { return !decides_late<P> && !decision_.pools_model(); }
     /// Adds what one span keeps to the plan, if it is time.
@@ -510,13 +570,26 @@ class Evictor {
                       detail::TileScratch& scratch) const {
         const std::size_t c = k.tokens, values = shape().values(), rows = tile.q.rows;
         std::vector<Visible> visible(rows);
-        for (std::size_t r = 0; r < rows; ++r) visible[r] = {0, 0, tile.first + r % tile.tokens + 1};
+        const std::size_t window = shape().layer(tile.layer).window;
+        for (std::size_t r = 0; r < rows; ++r) {
+            const std::size_t end = tile.first + r % tile.tokens + 1;
+            visible[r] = {0, window == 0 ? 0 : end - std::min(end, window), end};
+        }
+        std::vector<position_t> positions(c);
+        std::iota(positions.begin(), positions.end(), tile.next_position);
+        HeadStep among = tile;
+        among.cached.position = PositionsView(positions);
         float* const memory = scratch.score.get(rows * (c + values + 1));
         const AttentionRows own{.attention = {memory, rows, c},
                                 .lse = {memory + rows * c, rows},
                                 .output = {memory + rows * (c + 1), rows, values}};
-        attend(*decision_.workers.kernels, tile.q, {k.row(h, 0), c, k.dim, k.token_stride},
-               {v.row(h, 0), c, v.dim, v.token_stride}, visible, tile.scale, own);
+        with_logit_rule(
+            among, [&](std::size_t r) { return r / tile.tokens; },
+            [&](std::size_t r) { return positions[tile.first + r % tile.tokens]; },
+            [&](const LogitRule& rule) {
+                attend(*decision_.workers.kernels, tile.q, {k.row(h, 0), c, k.dim, k.token_stride},
+                       {v.row(h, 0), c, v.dim, v.token_stride}, visible, rule, own);
+            });
         for (std::size_t r = 0; r < rows; ++r) {
             merge(own.output[r], own.lse[r], tile.output[r], tile.lse[r]);
             const auto row = own.output[r];

@@ -123,6 +123,9 @@ class KVCache {
     /// For differential tests and measurements; default: the best of this machine.
     void set_kernels(const simd::Kernels& kernels) noexcept { evictor_.set_kernels(kernels); }
 
+    /// See Evictor::set_bias.
+    void set_bias(Bias bias) { evictor_.set_bias(std::move(bias)); }
+
     /// See Evictor::begin_prompt.
     void begin_prompt(std::optional<std::size_t> total = std::nullopt) { evictor_.begin_prompt(total); }
 

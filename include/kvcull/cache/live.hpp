@@ -34,6 +34,7 @@ struct Live {
     std::vector<std::size_t> since;               // [layers]: tokens decoded since the last eviction
     std::vector<std::uint8_t> admitted, stepped;  // [layers]: in the call that runs now
     std::vector<std::uint8_t> decided;            // [layers]: the prompt's last decision was taken
+    std::vector<position_t> gone;                 // [layers]: positions below fell out of the window
     std::vector<PositionRange> pinned;
     std::size_t seen = 0, call_tokens = 0, prompt_end = unlimited;
     position_t next_position = 0, call_next = 0;  // before and after the call that runs now
@@ -48,7 +49,8 @@ struct Live {
           since(shape.layers, 0),
           admitted(shape.layers, 0),
           stepped(shape.layers, 0),
-          decided(shape.layers, 1) {}
+          decided(shape.layers, 1),
+          gone(shape.layers, 0) {}
 
     /// Per-row state and lengths follow a plan that the rows follow too.
     void commit(const Plan& plan) noexcept {

@@ -5,18 +5,33 @@
 #include <cstddef>
 #include <functional>
 #include <span>
+#include <vector>
 
 #include "../base/error.hpp"
 #include "../views.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
 
-/// What all layers share. Query head h reads KV head h / (q_heads / kv_heads).
+/// What sets one layer apart. The policy has no say in a layer with a window, nor in one that it shall spare.
+struct LayerTraits {
+    /// > 0: a token sees itself and the `window - 1` positions before it. Rows that no later token can see
+    /// leave, every `window / 8` rows at once: the layer holds at most so many more than its window.
+    std::size_t window = 0;
+    bool evicts = true;  // false: all rows stay
+
+    [[nodiscard]] constexpr bool spared() const noexcept { return window > 0 || !evicts; }
+    /// Rows of a layer with a window beyond which it is cut down to it.
+    [[nodiscard]] constexpr std::size_t most_rows() const noexcept { return window + window / 8; }
+};
+
+/// What all layers share, and what does not. Query head h reads KV head h / (q_heads / kv_heads).
 struct CacheShape {
     std::size_t layers = 0, q_heads = 0, kv_heads = 0, head_dim = 0;
-    std::size_t value_dim = 0;  // 0: head_dim
-    DType dtype = DType::f32;   // of cached rows
-    float scale = 0.0F;         // of logits; 0: 1 / sqrt(head_dim)
+    std::size_t value_dim = 0;             // 0: head_dim
+    DType dtype = DType::f32;              // of cached rows
+    float scale = 0.0F;                    // of logits; 0: 1 / sqrt(head_dim)
+    float softcap = 0.0F;                  // > 0: logits become softcap * tanh(logit / softcap)
+    std::vector<LayerTraits> traits = {};  // [layers], or empty: all layers are alike
 
     [[nodiscard]] constexpr std::size_t group() const noexcept { return q_heads / kv_heads; }
     [[nodiscard]] constexpr std::size_t heads() const noexcept { return layers * kv_heads; }
@@ -26,6 +41,9 @@ struct CacheShape {
     /// Bytes of one row of one head: key, value and position.
     [[nodiscard]] constexpr std::size_t row_bytes() const noexcept {
         return (head_dim + values()) * size_of(dtype) + sizeof(position_t);
+    }
+    [[nodiscard]] constexpr LayerTraits layer(std::size_t index) const noexcept {
+        return traits.empty() ? LayerTraits{} : traits[index];
     }
     [[nodiscard]] float logit_scale() const noexcept {
         return scale != 0.0F ? scale : 1.0F / std::sqrt(static_cast<float>(head_dim));
@@ -53,6 +71,10 @@ inline CacheShape checked(CacheShape shape) {
     check<config_error>(shape.q_heads > 0 && shape.q_heads % shape.kv_heads == 0, where, "q_heads",
                         shape.q_heads, text("a multiple of kv_heads = ", shape.kv_heads));
     check<config_error>(is_finite(shape.scale), where, "scale", shape.scale, "a finite number");
+    check<config_error>(is_finite(shape.softcap) && shape.softcap >= 0.0F, where, "softcap", shape.softcap,
+                        "a positive number, or 0 for none");
+    check<config_error>(shape.traits.empty() || shape.traits.size() == shape.layers, where, "traits.size()",
+                        shape.traits.size(), text("layers = ", shape.layers, ", or 0"));
     return shape;
 }
 

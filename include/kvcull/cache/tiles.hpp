@@ -100,14 +100,44 @@ struct Observer {
     };
 };
 
+/// Which cached rows the query tokens of a call see.
+struct TokenMask {
+    /// The tokens are those of the newest rows, and none sees a later one's. Else they come after all rows.
+    bool causal = true;
+    std::size_t window = 0;  // > 0: only so many positions, its own included; rows are then ascending
+
+    [[nodiscard]] position_t position(const HeadStep& step, std::size_t token, std::size_t tokens) const {
+        return causal ? step.cached.position[step.n() - tokens + token]
+                      : step.next_position + static_cast<position_t>(token);
+    }
+    /// What token `token` of `tokens` sees.
+    [[nodiscard]] Visible visible(const HeadStep& step, std::size_t token, std::size_t tokens) const {
+        const std::size_t end = causal ? step.n() - tokens + token + 1 : step.n();
+        if (window == 0) return {0, 0, end};
+        return {0, first_seen(step.cached.position, position(step, token, tokens)), end};
+    }
+    /// The first of ascending positions that a token at `query` sees.
+    [[nodiscard]] std::size_t first_seen(const PositionsView& positions, position_t query) const {
+        std::size_t low = 0, high = positions.size();
+        while (low < high) {
+            const std::size_t middle = low + (high - low) / 2;
+            if (query - positions[middle] >= static_cast<position_t>(window))
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        return low;
+    }
+};
+
 /// Runs the query tokens of one KV head over `base.cached` and calls `observe(step)` for every tile of the
-/// last `needs.rows` tokens, or once with an empty tile if there are none. Token i of c sees all cached rows
-/// but the last c - 1 - i (`causal`), or all of them.
+/// last `needs.rows` tokens, or once with an empty tile if there are none.
 /// @param q    [q_heads, c, d]; the group's heads begin at `first_head`.
 /// @param out  [q_heads, c, d_v], or empty: then only what `needs` asks for is computed.
 template <class Observe>
-void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::size_t first_head, bool causal,
-                   const HeadsView<float>& out, const Needs& needs, TileScratch& scratch, Observe&& observe) {
+void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::size_t first_head,
+                   const TokenMask& mask, const HeadsView<float>& out, const Needs& needs,
+                   TileScratch& scratch, Observe&& observe) {
     const std::size_t n = base.n(), c = q.tokens, group = base.group;
     const std::size_t counted = c - std::min(needs.rows, c);  // first token that is observed
     const bool asked = needs.attention || needs.logits || needs.output;
@@ -118,12 +148,14 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
         const std::size_t tokens = std::min(most, (watched ? c : counted) - first), rows = group * tokens;
         const MatrixView<float> tile_q(scratch.q.get(rows * q.dim), rows, q.dim);
         scratch.visible.resize(rows);
-        for (std::size_t g = 0; g < group; ++g)
-            for (std::size_t i = 0; i < tokens; ++i) {
+        for (std::size_t i = 0; i < tokens; ++i) {
+            const Visible visible = mask.visible(base, first + i, c);
+            for (std::size_t g = 0; g < group; ++g) {
                 const float* row = q.row(first_head + g, first + i);
                 std::copy(row, row + q.dim, tile_q[g * tokens + i].data());
-                scratch.visible[g * tokens + i] = {0, 0, causal ? n - c + first + i + 1 : n};
+                scratch.visible[g * tokens + i] = visible;
             }
+        }
         HeadStep step = base;
         step.first = first;
         step.tokens = tokens;
@@ -138,8 +170,13 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
             if (watched && needs.logits) want.logits = {scratch.logits.get(rows * n), rows, n};
             if (output) want.output = {scratch.output.get(rows * values), rows, values};
             const auto run = [&](const auto& reader) {
-                attend(*base.kernels, tile_q, base.cached.k, base.cached.v, scratch.visible, base.scale, want,
-                       reader);
+                with_logit_rule(
+                    base, [&](std::size_t row) { return row / tokens; },
+                    [&](std::size_t row) { return mask.position(base, first + row % tokens, c); },
+                    [&](const LogitRule& rule) {
+                        attend(*base.kernels, tile_q, base.cached.k, base.cached.v, scratch.visible, rule,
+                               want, reader);
+                    });
             };
             if constexpr (requires { observe.read_along(step, run); }) {
                 c == 1 && output ? observe.read_along(step, run) : run(NoReader{});

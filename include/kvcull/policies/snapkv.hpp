@@ -82,12 +82,12 @@ inline constexpr std::size_t vote_tile = 16;
 }
 
 /// Votes of R query tokens of a group on the cached rows: raw[n] = reduce over the group of the mean
-/// attention. `q[group * R, d]`, row g * R + i sees the first `end_of(i)` cached rows; a row with a
-/// non-finite log-sum-exp votes 0 and still counts in the mean. Cost: 2 G R n d flops, a pass over the keys
-/// per `vote_tile` query tokens and head.
-template <class EndOf>
-void window_votes(const HeadStep& step, MatrixView<const float> q, const EndOf& end_of, Group reduce,
-                  std::span<float> raw, std::span<float> scratch) {
+/// attention. `q[group * R, d]`, row g * R + i is the token at `position_of(i)` and sees the first
+/// `end_of(i)` cached rows; a row with a non-finite log-sum-exp votes 0 and still counts in the mean. Cost: 2
+/// G R n d flops, a pass over the keys per `vote_tile` query tokens and head.
+template <class PositionOf, class EndOf>
+void window_votes(const HeadStep& step, MatrixView<const float> q, const PositionOf& position_of,
+                  const EndOf& end_of, Group reduce, std::span<float> raw, std::span<float> scratch) {
     const std::size_t n = step.n(), rows = q.rows / step.group;
     const std::span<float> sums = scratch.first(n);
     const std::span<float> lse = scratch.subspan(n, vote_tile);
@@ -100,9 +100,14 @@ void window_votes(const HeadStep& step, MatrixView<const float> q, const EndOf& 
         for (std::size_t first = 0; first < rows; first += vote_tile) {
             const std::size_t count = std::min(vote_tile, rows - first);
             for (std::size_t i = 0; i < count; ++i) visible[i] = {0, 0, end_of(first + i)};
-            attend(*step.kernels, {q[g * rows + first].data(), count, q.cols, q.stride}, step.cached.k,
-                   step.cached.v, std::span(visible).first(count), step.scale,
-                   {.attention = {attention, count, n}, .lse = lse.first(count), .column_sum = sums});
+            with_logit_rule(
+                step, [g](std::size_t /*row*/) { return g; },
+                [&](std::size_t row) { return position_of(first + row); },
+                [&](const LogitRule& rule) {
+                    attend(*step.kernels, {q[g * rows + first].data(), count, q.cols, q.stride},
+                           step.cached.k, step.cached.v, std::span(visible).first(count), rule,
+                           {.attention = {attention, count, n}, .lse = lse.first(count), .column_sum = sums});
+                });
         }
         const float share = 1.0F / static_cast<float>(reduce == Group::mean ? rows * step.group : rows);
         for (std::size_t j = 0; j < n; ++j)
@@ -116,7 +121,7 @@ void window_votes(const HeadStep& step, MatrixView<const float> q, const EndOf& 
 /// interval. State: the last `window` query rows of the group. Cost: O(G w n d) at an eviction, nothing else.
 struct SnapKV {
     static constexpr std::string_view name = "snapkv";
-    static constexpr bool nonnegative = true;
+    static constexpr bool nonnegative = true, follows_logits = true;
     struct State {
         QueryRing queries;
 
@@ -187,7 +192,9 @@ struct SnapKV {
             }
             return low;
         };
-        window_votes(step, {memory + scratch, step.group * rows, dim}, end_of, gqa, out, {memory, scratch});
+        window_votes(step, {memory + scratch, step.group * rows, dim},
+                     [&](std::size_t i) { return state.queries.position(i); }, end_of, gqa, out,
+                     {memory, scratch});
     }
 };
 static_assert(Policy<SnapKV> && Protects<SnapKV> && Triggered<SnapKV> && Ordered<SnapKV> && Checked<SnapKV>);

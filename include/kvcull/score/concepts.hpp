@@ -24,6 +24,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../attention/logits.hpp"
 #include "../base/memory.hpp"
 #include "../simd/kernels.hpp"
 #include "../views.hpp"
@@ -41,8 +42,8 @@ inline constexpr std::size_t unlimited = static_cast<std::size_t>(-1);
 struct Needs {
     /// Query tokens observed: the last `rows` of the call (all_rows: every one; 0: none).
     std::size_t rows = 0;
-    /// Their softmax weights, scaled logits and outputs. The queries themselves and their log-sum-exp come
-    /// with `attention`, `logits` or `output`; `rows` alone gives the queries.
+    /// Their softmax weights, logits as softmax sees them, and outputs. The queries themselves and their
+    /// log-sum-exp come with `attention`, `logits` or `output`; `rows` alone gives the queries.
     bool attention = false, logits = false, output = false;
 };
 
@@ -61,7 +62,8 @@ struct HeadStep {
     /// Rows of this call: the last `added` of the cached rows, in order.
     std::size_t added = 0;
     HeadView cached = {};
-    float scale = 1.0F;
+    float scale = 1.0F, softcap = 0.0F;  // of logits; see `with_logit_rule`
+    const Bias* bias = nullptr;          // nullptr: none
     /// Filled when scoring: what selection will protect in this head.
     Protected protect = {};
 
@@ -84,6 +86,18 @@ struct HeadStep {
 
     [[nodiscard]] std::size_t n() const noexcept { return cached.rows(); }
 };
+
+/// Calls `run(rule)` with what becomes of the dot products of a call's query rows. `head_of(r)`: row r's
+/// query head within the group; `position_of(r)`: its position.
+template <class HeadOf, class PositionOf, class Run>
+void with_logit_rule(const HeadStep& step, const HeadOf& head_of, const PositionOf& position_of,
+                     const Run& run) {
+    const auto add = [&](std::size_t row, std::size_t first, std::span<float> logits) {
+        (*step.bias)({step.layer, step.head * step.group + head_of(row), position_of(row),
+                      step.cached.position, first, logits});
+    };
+    run(LogitRule(step.scale, step.softcap, step.bias != nullptr ? RowBias(add) : RowBias()));
+}
 
 /// Side values of one KV head's new tokens.
 struct HeadInputs {
@@ -268,6 +282,12 @@ concept Lookahead = requires(const P policy, const HeadStep& step, MatrixView<co
                              std::span<float> out) {
     policy.rescore(step, q, out);
 };
+
+/// Computes attention from query rows by itself, and does so by `with_logit_rule`. Who asks for query rows
+/// without their attention, for logits or for look-ahead queries and does not say so is refused where logits
+/// are capped or biased.
+template <class P>
+concept FollowsLogits = P::follows_logits;
 
 template <class P>
 inline constexpr bool decides_late = SequenceState<P> || Lookahead<P>;
