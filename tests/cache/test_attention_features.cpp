@@ -280,6 +280,43 @@ TEST_CASE("scores of a layer that the policy has no say in are refused", "[contr
           "Evictor::scores: layer 0 is spared from eviction, want a layer that the policy has a say in");
 }
 
+TEST_CASE("latent values are the front of their keys and are stored once", "[differential]") {
+    const CacheShape apart{.layers = 2, .q_heads = 7, .kv_heads = 1, .head_dim = 12, .value_dim = 9};
+    CacheShape latent = apart;
+    latent.latent = true;
+    Stream stream = random_stream(apart, tokens, 13);
+    for (std::size_t layer = 0; layer < 2; ++layer)
+        for (std::size_t i = 0; i < tokens; ++i)
+            std::copy_n(stream.keys(layer, i, 1).row(0, 0), 9, stream.v.data() + (layer * tokens + i) * 9);
+    const auto check = [&](const auto& policy) {
+        KVCache two(apart, policy, Budget{.tokens = 14}), one(latent, policy, Budget{.tokens = 14});
+        for (std::size_t token = 0; token < tokens; ++token) {
+            const std::vector<float> want = feed(two, stream, token, 1);
+            std::vector<float> got(want.size());
+            for (std::size_t layer = 0; layer < 2; ++layer) {
+                one.append(layer, stream.keys(layer, token, 1), {});
+                one.attend(layer, stream.queries(layer, token, 1),
+                           head_major(got.data() + layer * 63, 7, 1, 9));
+            }
+            one.end_step();
+            REQUIRE(same_bits(got, want));
+            REQUIRE(one.positions(1, 0) == two.positions(1, 0));
+        }
+        CHECK(one.bytes() < two.bytes());
+    };
+    check(H2O{});
+    check(Caote<>{});
+    check(KeyDiff{});
+
+    KVCache cache(latent, Full{});
+    CHECK(failure<error::shape_error>([&] {
+              cache.append(0, stream.keys(0, 0, 1), stream.values(0, 0, 1));
+          }) == "KVCache::append: v is given, want none: values are latent in k");
+    latent.value_dim = 13;
+    CHECK(failure<error::config_error>([&] { KVCache(latent, Full{}); }) ==
+          "CacheShape: value_dim is 13, want at most head_dim = 12, as values are latent");
+}
+
 TEST_CASE("votes by queries follow softcap and bias", "[differential]") {
     // With a slope so steep that a token sees only itself and its neighbour, old rows get no vote.
     CacheShape shape = layered(2, 8, {{}});

@@ -130,7 +130,7 @@ class KVCache {
     void begin_prompt(std::optional<std::size_t> total = std::nullopt) { evictor_.begin_prompt(total); }
 
     /// New rows of one layer. The first append of a step reserves what the whole step can need.
-    /// @param k [kv_heads, c, head_dim], rotated. @param v [kv_heads, c, value_dim].
+    /// @param k [kv_heads, c, head_dim], rotated. @param v [kv_heads, c, value_dim]; {} if values are latent.
     /// @throws shape_error, state_error, capacity_error; the cache is then as it was.
     void append(std::size_t layer, HeadsView<const float> k, HeadsView<const float> v,
                 const AppendInputs& inputs = {}) {
@@ -138,7 +138,10 @@ class KVCache {
         const std::size_t c = k.tokens;
         evictor_.check_admit(where, layer, c, inputs);
         detail::check_heads(where, "k", k, shape().kv_heads, c, shape().head_dim);
-        detail::check_heads(where, "v", v, shape().kv_heads, c, shape().values());
+        if (shape().latent)
+            detail::check<error::shape_error>(v.empty(), where, "v", "given", "none: values are latent in k");
+        else
+            detail::check_heads(where, "v", v, shape().kv_heads, c, shape().values());
         const std::size_t spares = storage_.spares();
         if (evictor_.live().call_tokens == 0) {
             set_positions(c, inputs.positions);
@@ -155,8 +158,8 @@ class KVCache {
             evictor_.admit(layer, c, inputs);
         });
         for (std::size_t h = 0; h < shape().kv_heads; ++h)
-            storage_.append(flat(layer, h), c, k.row(h, 0), k.token_stride, v.row(h, 0), v.token_stride,
-                            positions_.data());
+            storage_.append(flat(layer, h), c, k.row(h, 0), k.token_stride, v.empty() ? nullptr : v.row(h, 0),
+                            v.token_stride, positions_.data());
         note_peak();
     }
 
@@ -261,7 +264,8 @@ class KVCache {
         : own_(std::move(own)),
           pool_(&pool),
           evictor_(shape, std::move(policy), budget, std::move(rule)),
-          storage_(shape.heads(), {shape.head_dim, shape.values(), shape.dtype, pool.block_rows()}, pool),
+          storage_(shape.heads(),
+                   {shape.head_dim, shape.values(), shape.dtype, pool.block_rows(), shape.latent}, pool),
           views_(shape.heads()) {}
     KVCache(std::shared_ptr<BlockPool> own, CacheShape shape, P policy, Budget budget, Rule rule)
         : KVCache(own, *own, shape, std::move(policy), budget, std::move(rule)) {}

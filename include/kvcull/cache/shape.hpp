@@ -27,10 +27,13 @@ struct LayerTraits {
 /// What all layers share, and what does not. Query head h reads KV head h / (q_heads / kv_heads).
 struct CacheShape {
     std::size_t layers = 0, q_heads = 0, kv_heads = 0, head_dim = 0;
-    std::size_t value_dim = 0;             // 0: head_dim
-    DType dtype = DType::f32;              // of cached rows
-    float scale = 0.0F;                    // of logits; 0: 1 / sqrt(head_dim)
-    float softcap = 0.0F;                  // > 0: logits become softcap * tanh(logit / softcap)
+    std::size_t value_dim = 0;  // 0: head_dim
+    DType dtype = DType::f32;   // of cached rows
+    float scale = 0.0F;         // of logits; 0: 1 / sqrt(head_dim)
+    float softcap = 0.0F;       // > 0: logits become softcap * tanh(logit / softcap)
+    /// Values are the first `value_dim` channels of their keys, as in multi-head latent attention: stored
+    /// once.
+    bool latent = false;
     std::vector<LayerTraits> traits = {};  // [layers], or empty: all layers are alike
 
     [[nodiscard]] constexpr std::size_t group() const noexcept { return q_heads / kv_heads; }
@@ -40,7 +43,7 @@ struct CacheShape {
     }
     /// Bytes of one row of one head: key, value and position.
     [[nodiscard]] constexpr std::size_t row_bytes() const noexcept {
-        return (head_dim + values()) * size_of(dtype) + sizeof(position_t);
+        return (head_dim + (latent ? 0 : values())) * size_of(dtype) + sizeof(position_t);
     }
     [[nodiscard]] constexpr LayerTraits layer(std::size_t index) const noexcept {
         return traits.empty() ? LayerTraits{} : traits[index];
@@ -71,6 +74,8 @@ inline CacheShape checked(CacheShape shape) {
     check<config_error>(shape.q_heads > 0 && shape.q_heads % shape.kv_heads == 0, where, "q_heads",
                         shape.q_heads, text("a multiple of kv_heads = ", shape.kv_heads));
     check<config_error>(is_finite(shape.scale), where, "scale", shape.scale, "a finite number");
+    check<config_error>(!shape.latent || shape.values() <= shape.head_dim, where, "value_dim", shape.values(),
+                        text("at most head_dim = ", shape.head_dim, ", as values are latent"));
     check<config_error>(is_finite(shape.softcap) && shape.softcap >= 0.0F, where, "softcap", shape.softcap,
                         "a positive number, or 0 for none");
     check<config_error>(shape.traits.empty() || shape.traits.size() == shape.layers, where, "traits.size()",

@@ -25,9 +25,12 @@ struct RowLayout {
     std::size_t key_dim = 0, value_dim = 0;
     DType dtype = DType::f32;
     std::size_t block_rows = 64;
+    bool latent = false;  // a value is the front of its key: no values are stored
 
     [[nodiscard]] constexpr std::size_t key_bytes() const noexcept { return key_dim * size_of(dtype); }
-    [[nodiscard]] constexpr std::size_t value_bytes() const noexcept { return value_dim * size_of(dtype); }
+    [[nodiscard]] constexpr std::size_t value_bytes() const noexcept {
+        return latent ? 0 : value_dim * size_of(dtype);
+    }
     /// K, V and position of one row.
     [[nodiscard]] constexpr std::size_t row_bytes() const noexcept {
         return key_bytes() + value_bytes() + sizeof(position_t);
@@ -114,10 +117,12 @@ class Storage {
     [[nodiscard]] HeadView view(std::size_t head) const noexcept {
         const Table& table = tables_[head];
         const std::byte* const* blocks = table.blocks.data();
-        const auto part = [&](std::size_t offset, std::size_t dim) {
-            return RowsView(blocks, offset, layout_.dtype, layout_.block_rows, table.rows, dim, dim);
+        const auto part = [&](std::size_t offset, std::size_t dim, std::size_t stride) {
+            return RowsView(blocks, offset, layout_.dtype, layout_.block_rows, table.rows, dim, stride);
         };
-        return {part(layout_.key_offset(), layout_.key_dim), part(layout_.value_offset(), layout_.value_dim),
+        return {part(layout_.key_offset(), layout_.key_dim, layout_.key_dim),
+                layout_.latent ? part(layout_.key_offset(), layout_.value_dim, layout_.key_dim)
+                               : part(layout_.value_offset(), layout_.value_dim, layout_.value_dim),
                 PositionsView(blocks, layout_.position_offset(), layout_.block_rows, table.rows)};
     }
 
@@ -176,7 +181,8 @@ class Storage {
     }
 
     /// Appends `count` rows to `head`, converted to the element type of the layout (round to nearest even).
-    /// @param k  `[count, key_dim]`, rows `k_stride` elements apart; `v` likewise `[count, value_dim]`.
+    /// @param k  `[count, key_dim]`, rows `k_stride` elements apart; `v` likewise `[count, value_dim]`, not
+    /// read if values are latent.
     /// @param positions  `[count]`.
     void append(std::size_t head, std::size_t count, const float* k, std::size_t k_stride, const float* v,
                 std::size_t v_stride, const position_t* positions) noexcept {
@@ -190,8 +196,9 @@ class Storage {
             const std::size_t n = std::min(count - done, block_rows - slot);
             write(k + done * k_stride, k_stride, layout_.key_dim, n,
                   block + layout_.key_offset() + slot * layout_.key_bytes());
-            write(v + done * v_stride, v_stride, layout_.value_dim, n,
-                  block + layout_.value_offset() + slot * layout_.value_bytes());
+            if (!layout_.latent)
+                write(v + done * v_stride, v_stride, layout_.value_dim, n,
+                      block + layout_.value_offset() + slot * layout_.value_bytes());
             std::memcpy(block + layout_.position_offset() + slot * sizeof(position_t), positions + done,
                         n * sizeof(position_t));
             table.rows += n;
@@ -278,7 +285,7 @@ class Storage {
                                                "1 .. " + std::to_string(most));
         };
         in_range("key_dim", layout.key_dim, max_dim);
-        in_range("value_dim", layout.value_dim, max_dim);
+        in_range("value_dim", layout.value_dim, layout.latent ? layout.key_dim : max_dim);
         in_range("block_rows", layout.block_rows, BlockPool::max_block_rows);
         return layout;
     }
