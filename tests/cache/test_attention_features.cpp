@@ -109,6 +109,28 @@ TEST_CASE("softcap, bias and windows give the attention of the model on every pa
     }
 }
 
+TEST_CASE("rows of a probe see what tokens in their place would see", "[differential]") {
+    CacheShape shape = layered(4, 20, {{}, {.window = 9}, {.window = 3}});
+    shape.softcap = 2.0F;
+    const std::vector<float> slopes(shape.q_heads, 0.05F);
+    const Stream stream = random_stream(shape, tokens, 4);
+    KVCache cache(shape, Full{});
+    cache.set_bias(alibi(slopes));
+    feed(cache, stream, 0, 40);
+    constexpr std::size_t count = 5;
+    std::vector<float> out(shape.q_heads * count * shape.values());
+    for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+        cache.probe(layer, stream.queries(layer, 40, count), stream.keys(layer, 40, count),
+                    stream.values(layer, 40, count),
+                    head_major(out.data(), shape.q_heads, count, shape.values()));
+        for (std::size_t row = 0; row < shape.q_heads * count; ++row) {
+            const auto want = full_attention(stream, layer, row / count, 40 + row % count, slopes);
+            for (std::size_t c = 0; c < want.size(); ++c)
+                REQUIRE(close(out[row * shape.values() + c], want[c], 2e-5, 2e-5));
+        }
+    }
+}
+
 TEST_CASE("a policy leaves layers with a window and spared layers to themselves", "[differential]") {
     const CacheShape shape = layered(2, 8, {{}, {.window = 16}, {.evicts = false}, {}});
     const Stream stream = random_stream(shape, tokens, 5);

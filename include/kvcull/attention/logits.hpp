@@ -12,7 +12,7 @@
 
 #include "../base/error.hpp"
 #include "../base/types.hpp"
-#include "../simd/exp.hpp"
+#include "../simd/kernels.hpp"
 #include "../views.hpp"
 
 namespace kvcull::inline KVCULL_ABI {

@@ -4,15 +4,12 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <numeric>
 #include <optional>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "../attention/row_kernels.hpp"
-#include "../attention/softmax.hpp"
 #include "decision.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
@@ -343,7 +340,7 @@ class Evictor {
             head.phase = Phase::probe;
             detail::for_each_tile(head, q, h * shape().group(), mask(layer, false), {}, all, scratch,
                                   [&](const HeadStep& tile) {
-                                      probe_output(tile, h, k, v, out, scratch);
+                                      detail::add_own_rows(tile, mask(layer, false), k, v, out, scratch);
                                       if (asked.rows > 0 && !decision_.spares(layer))
                                           policy().observe(live_.states[flat(layer, h)], tile);
                                   });
@@ -562,40 +559,6 @@ class Evictor {
                 decision_.choose(live_, span, cached.heads.subspan(span.first, span.count), live_.phase,
                                  coming, plan_);
         });
-    }
-
-    /// Output of a tile of probe rows: attention over the cached rows, merged with that over their own keys.
-    void probe_output(const HeadStep& tile, std::size_t h, const HeadsView<const float>& k,
-                      const HeadsView<const float>& v, const HeadsView<float>& out,
-                      detail::TileScratch& scratch) const {
-        const std::size_t c = k.tokens, values = shape().values(), rows = tile.q.rows;
-        std::vector<Visible> visible(rows);
-        const std::size_t window = shape().layer(tile.layer).window;
-        for (std::size_t r = 0; r < rows; ++r) {
-            const std::size_t end = tile.first + r % tile.tokens + 1;
-            visible[r] = {0, window == 0 ? 0 : end - std::min(end, window), end};
-        }
-        std::vector<position_t> positions(c);
-        std::iota(positions.begin(), positions.end(), tile.next_position);
-        HeadStep among = tile;
-        among.cached.position = PositionsView(positions);
-        float* const memory = scratch.score.get(rows * (c + values + 1));
-        const AttentionRows own{.attention = {memory, rows, c},
-                                .lse = {memory + rows * c, rows},
-                                .output = {memory + rows * (c + 1), rows, values}};
-        with_logit_rule(
-            among, [&](std::size_t r) { return r / tile.tokens; },
-            [&](std::size_t r) { return positions[tile.first + r % tile.tokens]; },
-            [&](const LogitRule& rule) {
-                attend(*decision_.workers.kernels, tile.q, {k.row(h, 0), c, k.dim, k.token_stride},
-                       {v.row(h, 0), c, v.dim, v.token_stride}, visible, rule, own);
-            });
-        for (std::size_t r = 0; r < rows; ++r) {
-            merge(own.output[r], own.lse[r], tile.output[r], tile.lse[r]);
-            const auto row = own.output[r];
-            std::copy(row.begin(), row.end(),
-                      out.row(h * tile.group + r / tile.tokens, tile.first + r % tile.tokens));
-        }
     }
 
     detail::Decision<P, Rule> decision_;

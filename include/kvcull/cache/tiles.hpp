@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 #include "../attention/attend.hpp"
+#include "../attention/softmax.hpp"
 #include "../base/memory.hpp"
 #include "../score/concepts.hpp"
 #include "shape.hpp"
@@ -201,6 +203,40 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
         first += tokens;
     }
     if (counted == c) observe(base);
+}
+
+/// Output of a tile of probe rows: that over the cached rows, which the tile holds, merged with attention
+/// over the probe's own keys up to each row. @param k, v [kv_heads, c, dim] @param out [q_heads, c, d_v]
+inline void add_own_rows(const HeadStep& tile, const TokenMask& mask, const HeadsView<const float>& k,
+                         const HeadsView<const float>& v, const HeadsView<float>& out, TileScratch& scratch) {
+    const std::size_t c = k.tokens, values = v.dim, rows = tile.q.rows;
+    std::vector<position_t> positions(c);
+    std::iota(positions.begin(), positions.end(), tile.next_position);
+    std::vector<Visible> visible(rows);
+    for (std::size_t r = 0; r < rows; ++r) {
+        const std::size_t end = tile.first + r % tile.tokens + 1;
+        visible[r] = {0, mask.window == 0 ? 0 : end - std::min(end, mask.window), end};
+    }
+    float* const memory = scratch.score.get(rows * (c + values + 1));
+    const AttentionRows own{.attention = {memory, rows, c},
+                            .lse = {memory + rows * c, rows},
+                            .output = {memory + rows * (c + 1), rows, values}};
+    HeadStep among = tile;
+    among.cached = {{k.row(tile.head, 0), c, k.dim, k.token_stride},
+                    {v.row(tile.head, 0), c, v.dim, v.token_stride},
+                    PositionsView(positions)};
+    with_logit_rule(
+        among, [&](std::size_t r) { return r / tile.tokens; },
+        [&](std::size_t r) { return positions[tile.first + r % tile.tokens]; },
+        [&](const LogitRule& rule) {
+            attend(*tile.kernels, tile.q, among.cached.k, among.cached.v, visible, rule, own);
+        });
+    for (std::size_t r = 0; r < rows; ++r) {
+        merge(own.output[r], own.lse[r], tile.output[r], tile.lse[r]);
+        const auto row = own.output[r];
+        std::copy(row.begin(), row.end(),
+                  out.row(tile.head * tile.group + r / tile.tokens, tile.first + r % tile.tokens));
+    }
 }
 
 }  // namespace kvcull::inline KVCULL_ABI::detail
