@@ -68,14 +68,13 @@ static_assert(BudgetRule<PyramidLike> && !HeadBudgetRule<PyramidLike>);
 static_assert(BudgetRule<Uniform> && !HeadBudgetRule<Uniform>);
 
 template <class Cache>
-concept Rescores = requires(Cache cache, HeadsView<const float> q) {
-    cache.rescore(0, q);
+concept Rescores = requires(Cache cache, std::span<const HeadsView<const float>> q) {
+    cache.rescore(q);
 };
-static_assert(Rescores<KVCache<LaqLike>> && Rescores<Evictor<LaqLike>> == false);  // there the rows come too
-static_assert(!Rescores<KVCache<SnapKV>> && !Rescores<KVCache<SkipLike>>);
+static_assert(Rescores<KVCache<LaqLike>> && !Rescores<KVCache<SnapKV>> && !Rescores<KVCache<SkipLike>>);
 template <class E>
-concept RescoresRows = requires(E evictor, LayerView rows, HeadsView<const float> q) {
-    evictor.rescore(0, rows, q);
+concept RescoresRows = requires(E evictor, CacheView rows, std::span<const HeadsView<const float>> q) {
+    evictor.rescore(rows, q);
 };
 static_assert(RescoresRows<Evictor<LaqLike>> && !RescoresRows<Evictor<SnapKV>>);
 
@@ -378,27 +377,22 @@ TEST_CASE("a look-ahead policy evicts when it is given its query rows, and never
     REQUIRE(cache.seen() == prompt);
     for (std::size_t i = 0; i < 4; ++i) REQUIRE(rows_of(i / 2, i % 2) == before[i]);
 
-    // The queries of the pseudo tokens decide, layer by layer.
-    for (std::size_t layer = 0; layer < 2; ++layer) {
-        const auto q = stream.q(layer, prompt, 4);
-        const std::vector<float> all_q = gathered(q);
-        std::array<std::vector<position_t>, 2> expected;
-        for (std::size_t head = 0; head < 2; ++head) {
-            const HeadView view = cache.view(layer, head);
-            const std::vector<float> own(all_q.begin() + static_cast<std::ptrdiff_t>(head * 2 * 4 * 8),
-                                         all_q.begin() + static_cast<std::ptrdiff_t>((head + 1) * 2 * 4 * 8));
-            const ReferenceAttention naive =
-                attention_over(view, own, std::vector<Visible>(8, Visible{0, 0, view.rows()}));
-            std::vector<double> sum(view.rows(), 0.0);
-            for (std::size_t r = 0; r < 8; ++r)
-                for (std::size_t j = 0; j < view.rows(); ++j) sum[j] += naive.attention[r * view.rows() + j];
-            expected[head] = best(to_vector(view.position), budget,
-                                  [&](position_t p) { return sum[static_cast<std::size_t>(p)]; });
-        }
-        cache.rescore(layer, q);
-        for (std::size_t head = 0; head < 2; ++head) REQUIRE(cache.positions(layer, head) == expected[head]);
-        if (layer == 0) REQUIRE(cache.rows(1, 0) == prompt);
+    // The queries of the pseudo tokens decide.
+    std::array<std::vector<position_t>, 4> expected;
+    for (std::size_t i = 0; i < 4; ++i) {
+        const std::vector<float> all_q = gathered(stream.q(i / 2, prompt, 4));
+        const HeadView view = cache.view(i / 2, i % 2);
+        const auto first = all_q.begin() + static_cast<std::ptrdiff_t>(i % 2 * 2 * 4 * 8);
+        const ReferenceAttention naive = attention_over(view, {first, first + 2 * 4 * 8},
+                                                        std::vector<Visible>(8, Visible{0, 0, view.rows()}));
+        std::vector<double> sum(view.rows(), 0.0);
+        for (std::size_t r = 0; r < 8; ++r)
+            for (std::size_t j = 0; j < view.rows(); ++j) sum[j] += naive.attention[r * view.rows() + j];
+        expected[i] = best(to_vector(view.position), budget,
+                           [&](position_t p) { return sum[static_cast<std::size_t>(p)]; });
     }
+    cache.rescore(std::array{stream.q(0, prompt, 4), stream.q(1, prompt, 4)});
+    for (std::size_t i = 0; i < 4; ++i) REQUIRE(cache.positions(i / 2, i % 2) == expected[i]);
     // Nothing is evicted later, and the fork lives on.
     feed(cache, stream, prompt, 1);
     REQUIRE(all_hold(cache, budget + 1));
@@ -414,22 +408,23 @@ TEST_CASE("rescore checks its arguments, works on foreign buffers and under hold
     Foreign rows(two_layers);
     feed(cache, stream, 0, 9);
     feed(evictor, rows, stream, 0, 9);
-    REQUIRE(failure<error::shape_error>([&] { cache.rescore(2, stream.q(0, 9, 3)); }) ==
-            "KVCache::rescore: layer is 2, want below 2");
-    REQUIRE(failure<error::shape_error>([&] { cache.rescore(0, stream.k(0, 9, 3)); }) ==
-            "Evictor::rescore: q.heads is 2, want 4");
-    REQUIRE(failure<error::shape_error>([&] { cache.rescore(0, stream.q(0, 9, 0)); }) ==
-            "Evictor::rescore: q.tokens is 0, want at least 1");
+    const auto q = std::array{stream.q(0, 9, 3), stream.q(1, 9, 3)};
+    const auto refused = [&](const HeadsView<const float>& second) {
+        return failure<error::shape_error>([&] { cache.rescore(std::array{stream.q(0, 9, 3), second}); });
+    };
+    REQUIRE(failure<error::shape_error>([&] { cache.rescore(std::span(q).first(1)); }) ==
+            "Evictor::rescore: q.size() is 1, want 2");
+    REQUIRE(refused(stream.k(1, 9, 3)) == "Evictor::rescore: q[1].heads is 2, want 4");
+    REQUIRE(refused(stream.q(1, 9, 2)) == "Evictor::rescore: q[1].tokens is 2, want 3");
     cache.hold(true);
-    cache.rescore(0, stream.q(0, 9, 3));
+    cache.rescore(q);
     REQUIRE(all_hold(cache, 9));
     cache.hold(false);
-    for (std::size_t layer = 0; layer < 2; ++layer) {
-        cache.rescore(layer, stream.q(layer, 9, 3));
-        rows.apply(evictor.rescore(layer, rows.layer(layer), stream.q(layer, 9, 3)));
+    cache.rescore(q);
+    rows.apply(evictor.rescore(rows.view(), q));
+    for (std::size_t layer = 0; layer < 2; ++layer)
         for (std::size_t head = 0; head < 2; ++head)
             REQUIRE(cache.positions(layer, head) == sorted(rows.positions(layer, head)));
-    }
     REQUIRE(all_hold(cache, 4));
 }
 

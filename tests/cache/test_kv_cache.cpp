@@ -784,8 +784,9 @@ struct Script {
         all.push_back([](Script& s) { s.mark = s.cache.mark(); });
         steps({1, 4});
         if constexpr (Lookahead<P>)
-            for (std::size_t layer = 0; layer < 2; ++layer)
-                all.push_back([layer](Script& s) { s.cache.rescore(layer, s.stream.q(layer, 60, 3)); });
+            all.push_back([](Script& s) {
+                s.cache.rescore(std::array{s.stream.q(0, 60, 3), s.stream.q(1, 60, 3)});
+            });
         all.push_back([](Script& s) { s.cache.make_room(3); });
         all.push_back([](Script& s) { s.forks.push_back(s.cache.fork(s.cache.propose(5))); });
         steps({1});

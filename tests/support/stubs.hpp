@@ -168,7 +168,8 @@ struct LaqLike {
         state.write(step, out);
     }
     /// Attention of all given rows over all cached rows, summed.
-    static void rescore(const HeadStep& step, MatrixView<const float> q, std::span<float> out) {
+    static void rescore(const State& /*state*/, const HeadStep& step, MatrixView<const float> q,
+                        std::span<float> out) {
         const std::size_t n = out.size();
         float* const memory = step.workspace->get(q.rows * (n + 1));
         const std::vector<Visible> visible(q.rows, Visible{0, 0, n});

@@ -165,20 +165,22 @@ class Decision {
                 .workspace = &scratch.policy,
                 .wrapper_workspace = &scratch.wrapper};
     }
-    /// The policy's scores of one head, or, with `queries` [q_heads, R, d], those of its look-ahead.
-    void score(const Live<P>& live, std::size_t index, HeadStep step, const HeadsView<const float>& queries,
-               std::size_t coming, TileScratch& scratch, std::span<float> out) const {
+    /// The policy's scores of one head, or, with `queries` [q_heads, R, d] of every layer, those of its
+    /// look-ahead.
+    void score(const Live<P>& live, std::size_t index, HeadStep step,
+               std::span<const HeadsView<const float>> queries, std::size_t coming, TileScratch& scratch,
+               std::span<float> out) const {
         step.protect = protection(live.sizes[index], coming);
         if constexpr (Lookahead<P>) {
             if (!queries.empty()) {
-                const std::size_t rows = step.group * queries.tokens;
-                const MatrixView<float> q(scratch.q.get(rows * queries.dim), rows, queries.dim);
+                const HeadsView<const float>& given = queries[step.layer];
+                const std::size_t rows = step.group * given.tokens;
+                const MatrixView<float> q(scratch.q.get(rows * given.dim), rows, given.dim);
                 for (std::size_t r = 0; r < rows; ++r) {
-                    const float* row =
-                        queries.row(step.head * step.group + r / queries.tokens, r % queries.tokens);
-                    std::copy(row, row + queries.dim, q[r].data());
+                    const float* row = given.row(step.head * step.group + r / given.tokens, r % given.tokens);
+                    std::copy(row, row + given.dim, q[r].data());
                 }
-                return policy.rescore(step, q, out);
+                return policy.rescore(live.states[index], step, q, out);
             }
         }
         if constexpr (SequenceState<P>)
@@ -190,7 +192,7 @@ class Decision {
     /// Adds to `plan` what the heads keep, leaving room for `coming` more rows. `views` are those of the
     /// span.
     void choose(Live<P>& live, Span span, std::span<const HeadView> views, Phase phase, std::size_t coming,
-                Plan& plan, const HeadsView<const float>& queries = {}) {
+                Plan& plan, std::span<const HeadsView<const float>> queries = {}) {
         const std::size_t first = span.first, count = span.count;
         for (std::size_t from = 0; from < count; from += shape.kv_heads)
             workers.for_each_head(shape.kv_heads, [&](std::size_t h, TileScratch& scratch) {

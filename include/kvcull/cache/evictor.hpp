@@ -314,7 +314,7 @@ class Evictor {
             detail::check<error::shape_error>(tokens <= size, where, "tokens", tokens,
                                               detail::text("at most the budget ", size));
         plan_.clear();
-        if (!decision_.never) choose_where_over(cached, tokens);
+        if (!decision_.never) choose_where_over(cached, tokens, live_.phase);
         live_.commit(plan_);
         return plan_;
     }
@@ -393,7 +393,7 @@ class Evictor {
         std::swap(sizes, live_.sizes);
         plan_.clear();
         try {
-            choose_where_over(cached, 0);
+            choose_where_over(cached, 0, live_.phase);
         } catch (...) {
             std::swap(sizes, live_.sizes);
             throw;
@@ -404,19 +404,27 @@ class Evictor {
     /// The states follow a plan that `propose` made.
     void commit(const Plan& plan) noexcept { live_.commit(plan); }
 
-    /// Scores one layer by query rows given now, and evicts down to the budget: the last act of a look-ahead.
-    /// @param q [q_heads, R, head_dim]
-    const Plan& rescore(std::size_t layer, LayerView cached, HeadsView<const float> q) requires Lookahead<P> {
+    /// Scores all layers by query rows given now and evicts down to the budget: the last act of a look-ahead.
+    /// @param q [layers] of [q_heads, R, head_dim]
+    const Plan& rescore(CacheView cached, std::span<const HeadsView<const float>> q) requires Lookahead<P> {
         constexpr std::string_view where = "Evictor::rescore";
         require_idle(where);
-        check_layer(where, layer);
-        detail::check<error::shape_error>(q.tokens > 0, where, "q.tokens", q.tokens, "at least 1");
-        detail::check_heads(where, "q", q, shape().q_heads, q.tokens, shape().head_dim);
-        check_cached(where, layer, cached, 0);
+        check_all(where, cached);
+        detail::check_size(where, "q.size()", q.size(), shape().layers);
+        for (std::size_t layer = 0; layer < q.size(); ++layer) {
+            detail::check_size(where, detail::text("q[", layer, "].tokens"), q[layer].tokens, q[0].tokens);
+            if (q[layer].tokens > 0)  // a policy may have rows of its own
+                detail::check_heads(where, detail::to_text(detail::text("q[", layer, "]")), q[layer],
+                                    shape().q_heads, q[0].tokens, shape().head_dim);
+        }
         plan_.clear();
-        const auto span = decision_.layer(layer);
-        if (!live_.hold && decision_.over(live_, span, 0))
-            decision_.choose(live_, span, cached, live_.phase, 0, plan_, q);
+        std::vector<std::size_t> sizes = live_.sizes;  // a rule may divide them anew
+        try {
+            if (!live_.hold) choose_where_over(cached, 0, Phase::prompt, q);
+        } catch (...) {
+            live_.sizes.swap(sizes);
+            throw;
+        }
         live_.commit(plan_);
         return plan_;
     }
@@ -553,11 +561,12 @@ class Evictor {
             [&](auto span) { decide(span, cached.heads.subspan(span.first, span.count), moment); });
         live_.commit(plan_);
     }
-    void choose_where_over(CacheView cached, std::size_t coming) {
+    void choose_where_over(CacheView cached, std::size_t coming, Phase phase,
+                           std::span<const HeadsView<const float>> queries = {}) {
         decision_.for_each_span([&](auto span) {
             if (decision_.over(live_, span, coming))
-                decision_.choose(live_, span, cached.heads.subspan(span.first, span.count), live_.phase,
-                                 coming, plan_);
+                decision_.choose(live_, span, cached.heads.subspan(span.first, span.count), phase, coming,
+                                 plan_, queries);
         });
     }
 

@@ -182,7 +182,10 @@ class KVCache {
     }
     /// After the last chunk: policies that act at the prompt's end do so here at the latest.
     void end_prompt() {
-        rewrite([&]() -> const Plan& { return evictor_.end_prompt(view()); });
+        if constexpr (Lookahead<P>)
+            (void)evictor_.end_prompt(view());  // evicts nothing yet
+        else
+            rewrite([&]() -> const Plan& { return evictor_.end_prompt(view()); });
     }
 
     /// Pauses eviction, for questions asked of a compressed prompt.
@@ -204,11 +207,9 @@ class KVCache {
                                           detail::text("below ", shape().layers));
         rewrite([&]() -> const Plan& { return evictor_.probe(layer, layer_view(layer), q, k, v, out); });
     }
-    /// See Evictor::rescore: evicts one layer by look-ahead queries.
-    void rescore(std::size_t layer, HeadsView<const float> q) requires Lookahead<P> {
-        detail::check<error::shape_error>(layer < shape().layers, "KVCache::rescore", "layer", layer,
-                                          detail::text("below ", shape().layers));
-        rewrite([&]() -> const Plan& { return evictor_.rescore(layer, layer_view(layer), q); });
+    /// See Evictor::rescore: evicts all layers by look-ahead queries, or, if it throws, none.
+    void rescore(std::span<const HeadsView<const float>> q) requires Lookahead<P> {
+        rewrite([&]() -> const Plan& { return evictor_.rescore(view(), q); });
     }
 
     /// Remembers rows, positions, policy state and statistics. Shares blocks: costs tables and state, not
@@ -242,13 +243,17 @@ class KVCache {
     /// @throws shape_error if the plan was made for other rows.
     [[nodiscard]] KVCache fork(const Plan& plan) const {
         KVCache copy = fork();
-        for (std::size_t i = 0; i < plan.size(); ++i)
+        std::size_t blocks = 0;  // that the kept rows may be moved into
+        for (std::size_t i = 0; i < plan.size(); ++i) {
             detail::check_size("KVCache::fork", detail::text("plan[", i, "].rows"), plan[i].rows,
                                rows(plan[i].layer, plan[i].head));
-        copy.rewrite([&]() -> const Plan& {
-            copy.evictor_.commit(plan);
-            return plan;
-        });
+            blocks += storage_.layout().blocks_for(plan[i].keep.size());
+        }
+        copy.storage_.reserve_spares(blocks);
+        copy.note_peak();
+        copy.evictor_.commit(plan);
+        copy.apply(plan);
+        copy.release_spares();
         return copy;
     }
 

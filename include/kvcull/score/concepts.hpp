@@ -275,12 +275,12 @@ concept Forgets = requires(const P policy, typename P::State& state, const HeadS
                            std::span<const index_t> keep) {
     policy.forget(state, step, keep);
 };
-/// Scores from query rows that are given later. `q[R, head_dim]` with `R = group * rows`, grouped like a
-/// tile.
+/// Scores from query rows that are given later, those of tokens after all cached ones. `q[R, head_dim]` with
+/// `R = group * rows`, grouped like a tile.
 template <class P>
-concept Lookahead = requires(const P policy, const HeadStep& step, MatrixView<const float> q,
-                             std::span<float> out) {
-    policy.rescore(step, q, out);
+concept Lookahead = requires(const P policy, const typename P::State& state, const HeadStep& step,
+                             MatrixView<const float> q, std::span<float> out) {
+    policy.rescore(state, step, q, out);
 };
 
 /// Computes attention from query rows by itself, and does so by `with_logit_rule`. Who asks for query rows
