@@ -6,6 +6,7 @@
 #include "base/safetensors.hpp"
 #include "cache/evictor.hpp"
 #include "cache/kv_cache.hpp"
+#include "cache/lookahead.hpp"
 #include "integrations/registry.hpp"
 #include "paging/file_store.hpp"
 #include "paging/guard.hpp"

@@ -5,6 +5,7 @@
 #include "policies/critical.hpp"
 #include "policies/h2o.hpp"
 #include "policies/keydiff.hpp"
+#include "policies/laq.hpp"
 #include "policies/obcache.hpp"
 #include "policies/snapkv.hpp"
 #include "policies/streaming.hpp"

@@ -42,6 +42,10 @@ void check_tier(GoldenFile& file);
 void check_misses(GoldenFile& file);
 void check_ids(GoldenFile& file);
 }  // namespace guard
+namespace laq {
+void check_stage2(GoldenFile& file);
+void check_run(GoldenFile& file);
+}  // namespace laq
 namespace obcache {
 void check_scores(GoldenFile& file);
 void check_decode(GoldenFile& file);

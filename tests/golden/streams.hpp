@@ -94,14 +94,15 @@ std::vector<float> all_scores(Cache& cache) {
 
 /// Calls `use(step)` with what a policy sees of one head of a cache between two steps.
 template <class Cache, class Use>
-void with_head_step(const Cache& cache, std::size_t head, Use&& use) {
+void with_head_step(const Cache& cache, std::size_t head, Use&& use, std::size_t layer = 0) {
     Scratch<float> workspace, wrapper;
-    use(HeadStep{.head = head,
+    use(HeadStep{.layer = layer,
+                 .head = head,
                  .group = cache.shape().group(),
                  .next_position = cache.evictor().next_position(),
-                 .cached = cache.view(0, head),
+                 .cached = cache.view(layer, head),
                  .scale = cache.shape().logit_scale(),
-                 .protect = protected_rows(cache.evictor().policy(), cache.evictor().size(0, head)),
+                 .protect = protected_rows(cache.evictor().policy(), cache.evictor().size(layer, head)),
                  .kernels = &simd::kernels(),
                  .workspace = &workspace,
                  .wrapper_workspace = &wrapper});

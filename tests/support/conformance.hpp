@@ -20,7 +20,8 @@ namespace kvcull::test {
 /// What a policy promises beyond the common contract. Budgets below are in rows per head.
 struct Promises {
     std::size_t budget = 12;
-    /// Fewest evictions of a head over a prompt in three calls and 40 decoded tokens. 0: it never evicts.
+    /// Fewest evictions of a head over a prompt in three calls and 40 decoded tokens. 0: it never evicts
+    /// by itself.
     std::size_t evictions = 3;
     /// A head holds min(n, budget) rows after every decoded token; if not, only after the prompt.
     bool while_decoding = true;
@@ -210,7 +211,7 @@ void check_full_budget(const Setup<P>& with) {
 template <Policy P>
 void check_no_budget(const Setup<P>& with) {
     BlockPool pool;
-    if (with.evicts()) {
+    if (with.evicts() || Lookahead<P>) {
         refuses<error::config_error>([&] { KVCache cache(with.shape, with.policy, Budget{}, pool); });
         refuses<error::config_error>([&] { Engine<P> engine(with.shape, with.policy, Budget{}); });
     } else {

@@ -160,6 +160,10 @@ class Engine {
         const auto views = all();
         apply(evictor_.make_room({views, shape().kv_heads}, tokens));
     }
+    void rescore(std::span<const HeadsView<const float>> q) {
+        const auto views = all();
+        apply(evictor_.rescore({views, shape().kv_heads}, q));
+    }
     void truncate(std::size_t tokens) {
         const auto views = all();
         apply(evictor_.truncate({views, shape().kv_heads}, tokens));

@@ -90,7 +90,7 @@ class Decision {
     void resolve(Live<P>& live, std::size_t tokens, std::size_t prompt) const {
         if constexpr (Checked<P>) policy.check(tokens);
         std::vector<std::size_t> layers(shape.layers), sizes(shape.heads());
-        rule.layer_sizes(tokens, prompt, protection(tokens, 0), layers);
+        rule.layer_sizes(tokens, prompt, protection(tokens, 0, true), layers);
         for (std::size_t i = 0; i < sizes.size(); ++i) {
             const std::size_t index = i / shape.kv_heads;
             sizes[i] = spares(index) ? unlimited : layers[index];
@@ -170,7 +170,7 @@ class Decision {
     void score(const Live<P>& live, std::size_t index, HeadStep step,
                std::span<const HeadsView<const float>> queries, std::size_t coming, TileScratch& scratch,
                std::span<float> out) const {
-        step.protect = protection(live.sizes[index], coming);
+        step.protect = protection(live.sizes[index], coming, !queries.empty());
         if constexpr (Lookahead<P>) {
             if (!queries.empty()) {
                 const HeadsView<const float>& given = queries[step.layer];
@@ -217,7 +217,7 @@ class Decision {
             candidates_.push_back({{scores_[i].data(), n},
                                    views[i].position,
                                    size - std::min(coming, size),
-                                   protection(size, coming)});
+                                   protection(size, coming, !queries.empty())});
         }
         if constexpr (HeadBudgetRule<Rule>)
             if (divides_heads(rule) && phase == Phase::prompt && coming == 0 && scope() == Scope::head)
@@ -302,9 +302,11 @@ class Decision {
         return moment.rows > moment.budget && moment.rows - moment.budget > moment.slack;
     }
     /// What selection protects in a head: the policy's rows and the user's, less those that are still to
-    /// come.
-    [[nodiscard]] Protected protection(std::size_t size, std::size_t coming) const {
+    /// come. `last`: what is evicted is gone, not only left out of the copy that looks ahead.
+    [[nodiscard]] Protected protection(std::size_t size, std::size_t coming, bool last) const {
         Protected rows = protected_rows(policy, size);
+        if constexpr (ProtectsAhead<P>)
+            if (!last) rows = policy.protect_ahead(size);
         rows.sinks = std::max(rows.sinks, budget.sinks);
         rows.recent = std::max(rows.recent, budget.recent);
         rows.recent -= std::min(rows.recent, coming);

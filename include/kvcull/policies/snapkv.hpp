@@ -28,13 +28,9 @@ class QueryRing {
     }
     /// Of the i-th oldest token.
     [[nodiscard]] position_t position(std::size_t i) const noexcept { return positions_[slot(i)]; }
-    /// Head-major copy of the `count` oldest tokens: out[group * count, dim], row g * count + i.
-    void copy_to(std::size_t count, float* out) const noexcept {
-        for (std::size_t g = 0; g < group_; ++g)
-            for (std::size_t i = 0; i < count; ++i, out += dim_) {
-                const float* row = &rows_[(slot(i) * group_ + g) * dim_];
-                std::copy(row, row + dim_, out);
-            }
+    /// Query of the i-th oldest token under head `g` of the group.
+    [[nodiscard]] std::span<const float> row(std::size_t i, std::size_t g) const noexcept {
+        return std::span(rows_).subspan((slot(i) * group_ + g) * dim_, dim_);
     }
     /// Takes the tokens of a tile. Allocates at the first call only.
     void push(std::size_t capacity, const HeadStep& step) {
@@ -72,6 +68,19 @@ class QueryRing {
     std::vector<position_t> positions_;
     std::size_t capacity_ = 0, group_ = 0, dim_ = 0, next_ = 0, size_ = 0;
 };
+
+/// Cached rows up to `position`, which are those that its token sees: rows are ascending.
+[[nodiscard]] inline std::size_t rows_up_to(const PositionsView& cached, position_t position) noexcept {
+    std::size_t low = 0, high = cached.size();
+    while (low < high) {
+        const std::size_t middle = low + (high - low) / 2;
+        if (cached[middle] <= position)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
 
 /// Query tokens whose attention is held at a time while votes are counted.
 inline constexpr std::size_t vote_tile = 16;
@@ -175,25 +184,21 @@ struct SnapKV {
     }
     /// The votes before pooling; out[n].
     void votes(const State& state, const HeadStep& step, std::span<float> out) const {
-        const std::size_t rows = state.queries.size_before(step.next_position), dim = step.cached.k.dim();
+        const std::size_t held = state.queries.size_before(step.next_position), rows = std::min(held, window),
+                          first = held - rows, dim = step.cached.k.dim();
         const std::size_t scratch = vote_scratch(step.n());
         float* const memory = step.workspace->get(scratch + step.group * rows * dim);
-        state.queries.copy_to(rows, memory + scratch);
-        // Rows are ascending, so what a token sees is what lies up to its position.
-        const auto end_of = [&](std::size_t i) {
-            const position_t own = state.queries.position(i);
-            std::size_t low = 0, high = step.n();
-            while (low < high) {
-                const std::size_t middle = low + (high - low) / 2;
-                if (step.cached.position[middle] <= own)
-                    low = middle + 1;
-                else
-                    high = middle;
+        float* q = memory + scratch;
+        for (std::size_t g = 0; g < step.group; ++g)
+            for (std::size_t i = first; i < held; ++i) {
+                const auto row = state.queries.row(i, g);
+                q = std::copy(row.begin(), row.end(), q);
             }
-            return low;
+        const auto end_of = [&](std::size_t i) {
+            return rows_up_to(step.cached.position, state.queries.position(first + i));
         };
         window_votes(step, {memory + scratch, step.group * rows, dim},
-                     [&](std::size_t i) { return state.queries.position(i); }, end_of, gqa, out,
+                     [&](std::size_t i) { return state.queries.position(first + i); }, end_of, gqa, out,
                      {memory, scratch});
     }
 };

@@ -282,6 +282,11 @@ concept Lookahead = requires(const P policy, const typename P::State& state, con
                              MatrixView<const float> q, std::span<float> out) {
     policy.rescore(state, step, q, out);
 };
+/// Keeps other rows in the copy that looks ahead than in the end; `budget` is that of the copy's heads.
+template <class P>
+concept ProtectsAhead = Lookahead<P> && requires(const P policy, std::size_t budget) {
+    { policy.protect_ahead(budget) } -> std::same_as<Protected>;
+};
 
 /// Computes attention from query rows by itself, and does so by `with_logit_rule`. Who asks for query rows
 /// without their attention, for logits or for look-ahead queries and does not say so is refused where logits
