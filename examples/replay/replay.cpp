@@ -44,7 +44,7 @@ class Player {
         timed([&] { cache_.end_step(inputs); });
         if (first >= trace_.prompt) decoded_.push_back(time_.count());
         time_ = {};
-        if (first + count == trace_.prompt) cache_.end_prompt();
+        if (first + count == trace_.prompt) end_prompt();
     }
     [[nodiscard]] const kvcull::KVCache<Policy, Rule>& cache() const noexcept { return cache_; }
     /// Median over the decoded tokens.
@@ -55,6 +55,18 @@ class Player {
     }
 
   private:
+    /// A trace has no model to look ahead with: the tokens that did follow are what a copy of the whole cache
+    /// would have given.
+    void end_prompt() {
+        cache_.end_prompt();
+        if constexpr (kvcull::Lookahead<Policy>) {
+            const std::size_t count = std::min(cache_.policy().lookahead, trace_.size() - trace_.prompt);
+            std::vector<kvcull::HeadsView<const float>> queries;
+            for (const Trace::Layer& layer : trace_.layers)
+                queries.push_back(trace_.heads(layer.q, trace_.shape.q_heads, trace_.prompt, count));
+            cache_.rescore(queries);
+        }
+    }
     template <class Call>
     void timed(Call&& call) {
         const auto begin = std::chrono::steady_clock::now();

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <exception>
 #include <kvcull/cache/kv_cache.hpp>
+#include <kvcull/cache/lookahead.hpp>
 #include <mutex>
 #include <thread>
 
@@ -40,22 +41,47 @@ std::vector<float> kept(const Cache& cache, std::size_t tokens) {
     return share;
 }
 
-template <class Cache>
-Outcome run(const Llama& model, const Case& example, std::size_t chunk, Cache& cache) {
-    const std::span prompt(example.prompt);
-    const std::size_t step = chunk == 0 ? prompt.size() : chunk;
-    Outcome outcome{.questions = example.questions.size()};
-    RowMajorMatrix logits;
-    const auto read = [&](std::span<const int> tokens) {
-        model.forward(tokens, cache, logits);
-        outcome.tokens += tokens.size();
-    };
+/// A model with the logits of its last call, and a count of the tokens it has read.
+struct Reader {
+    const Llama& model;
+    RowMajorMatrix logits = {};
+    std::size_t tokens = 0;
 
+    template <class Cache>
+    void read(std::span<const int> text, Cache& cache) {
+        model.forward(text, cache, logits);
+        tokens += text.size();
+    }
+};
+
+template <class Cache>
+void read_prompt(Reader& reader, std::span<const int> prompt, std::size_t chunk, Cache& cache) {
+    const std::size_t step = chunk == 0 ? prompt.size() : chunk;
     cache.begin_prompt(prompt.size());
     for (std::size_t i = 0; i < prompt.size(); i += step)
-        read(prompt.subspan(i, std::min(step, prompt.size() - i)));
-    cache.end_prompt();
-    for (const int& token : example.stream) read({&token, 1});
+        reader.read(prompt.subspan(i, std::min(step, prompt.size() - i)), cache);
+}
+
+/// Lets the model go on by itself for a few tokens, on a compressed copy of the cache: their queries decide
+/// what stays of the prompt, and nothing else of them does. @returns the bytes of both caches.
+template <class Policy, class Rule>
+std::size_t look_ahead(const Reader& prompt, kvcull::LookaheadCache<Policy, Rule>& cache) {
+    Reader reader = prompt;
+    auto ahead = cache.ahead();
+    for (std::size_t i = 0; i < cache.cache().policy().lookahead; ++i) {
+        const int token = argmax(reader.logits);
+        reader.read({&token, 1}, ahead);
+    }
+    const std::size_t bytes = cache.cache().bytes() + cache.fork().bytes();
+    cache.end_lookahead();
+    return bytes;
+}
+
+/// The stream and the questions, after the prompt.
+template <class Cache>
+Outcome answer(Reader& reader, const Case& example, Cache& cache) {
+    Outcome outcome{.questions = example.questions.size()};
+    for (const int& token : example.stream) reader.read({&token, 1}, cache);
     outcome.kv_bytes = cache.bytes();
     outcome.peak_bytes = cache.peak_bytes();
     outcome.kept = kept(cache, example.size());
@@ -67,13 +93,14 @@ Outcome run(const Llama& model, const Case& example, std::size_t chunk, Cache& c
         std::span<const int> next = question.ask;
         bool correct = true;
         for (const int& answer : question.answer) {
-            read(next);
-            correct = correct && argmax(logits) == answer;
+            reader.read(next, cache);
+            correct = correct && argmax(reader.logits) == answer;
             next = {&answer,
                     1};  // the model's own token, as long as the answer is right; then nothing counts
         }
         outcome.correct += correct ? 1 : 0;
     }
+    outcome.tokens = reader.tokens;
     return outcome;
 }
 
@@ -113,10 +140,21 @@ void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens
 Outcome run_case(const Llama& model, const Setting& setting, const Case& example, std::size_t chunk,
                  kvcull::BlockPool& pool) {
     Outcome outcome;
-    examples::NamedPolicies::with(setting.policy, [&](auto policy) {
+    examples::NamedPolicies::with(setting.policy, [&]<class Policy>(Policy policy) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget, pool,
                               examples::NamedRule(setting.rule));
-        outcome = run(model, example, chunk, cache);
+        Reader reader{model};
+        if constexpr (kvcull::Lookahead<Policy>) {
+            kvcull::LookaheadCache both(std::move(cache));
+            read_prompt(reader, example.prompt, chunk, both);
+            const std::size_t bytes = both.end_prefill() ? look_ahead(reader, both) : 0;
+            outcome = answer(reader, example, both.writable());
+            outcome.peak_bytes = std::max(outcome.peak_bytes, bytes);
+        } else {
+            read_prompt(reader, example.prompt, chunk, cache);
+            cache.end_prompt();
+            outcome = answer(reader, example, cache);
+        }
     });
     return outcome;
 }

@@ -110,6 +110,16 @@ TEST_CASE("a budget that holds everything costs nothing under any policy", "[rep
     }
 }
 
+TEST_CASE("of policies that look ahead, the tokens after the prompt vote", "[replay][property]") {
+    const Trace trace = random_trace();
+    const Outcome before = run(trace, {"snapkv:window=4,pool=none", {.tokens = 12}}),
+                  none = run(trace, {"laq++:window=4,lookahead=0,pool=none", {.tokens = 12}}),
+                  ahead = run(trace, {"laq:lookahead_window=4,lookahead=99,pool=none", {.tokens = 12}});
+    CHECK(none.until == before.until);
+    CHECK(ahead.rows == before.rows);
+    CHECK(ahead.mean_mass > before.mean_mass);
+}
+
 TEST_CASE("rows are stored as the trace has them, at positions of the trace", "[replay][property]") {
     const replay::Setting setting{"keydiff", {.ratio = 0.5}};
     const Outcome wide = run(random_trace(), setting);

@@ -117,6 +117,20 @@ TEST_CASE("bytes and kept rows follow the budget", "[tiny_llama][property]") {
     CHECK(*std::min_element(cut.kept.begin(), cut.kept.end()) == 0);
 }
 
+TEST_CASE("a look-ahead decides what stays of a prompt and leaves no pseudo token behind",
+          "[tiny_llama][property]") {
+    const Task of = task("needle");
+    const Row snap = run({"snapkv:window=16", {.tokens = 96}}, of, 4),
+              none = run({"laq++:window=16,lookahead=0", {.tokens = 96}}, of, 4),
+              some = run({"laq", {.tokens = 96}}, of, 4, 50);
+    CHECK(none.kept == snap.kept);
+    CHECK(none.accuracy == snap.accuracy);
+    CHECK(some.kept != snap.kept);
+    CHECK(std::accumulate(some.kept.begin(), some.kept.end(), 0.0F) == Approx(96));
+    CHECK(some.kv_bytes == snap.kv_bytes);
+    CHECK(some.peak_bytes > snap.peak_bytes);
+}
+
 TEST_CASE("chunks bound the peak", "[tiny_llama][property]") {
     const Task of = task("needle");
     const Row whole = run({"streaming", {.tokens = 48}}, of, 2),
