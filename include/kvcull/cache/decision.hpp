@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -39,7 +40,9 @@ class Decision {
                 may_fall_due(phase, false) || may_fall_due(phase, true);
         never = asked_heads() == 0 ||
                 (!decides_late<P> && std::find(falls_due.begin(), falls_due.end(), true) == falls_due.end());
-        if (!never || budget.tokens > 0 || budget.ratio != 0.0) check_budget(budget);
+        const bool bounded = !never && !cut_of(policy);
+        if (bounded || budget.tokens > 0 || budget.ratio != 0.0) check_budget(budget);
+        if constexpr (Gated<P>) policy.check_gates(shape.layers, shape.kv_heads);
         scores_.resize(pools_model() ? shape.heads() : shape.kv_heads);
         keeps_.resize(pools_model() || scope() == Scope::layer_pooled ? scores_.size() : 1);
     }
@@ -298,6 +301,7 @@ class Decision {
     }
     [[nodiscard]] bool due(Moment moment, std::size_t heads) const {
         moment.slack = budget.slack * heads;
+        moment.heads = heads;
         if constexpr (Triggered<P>) return policy.due(moment);
         return moment.rows > moment.budget && moment.rows - moment.budget > moment.slack;
     }
@@ -368,15 +372,28 @@ class Decision {
         }
         selector_.head(candidates_[0], live.pinned, keeps_[0]);
     }
+    /// What each of several heads keeps; in keeps_. With rows of its own, a head keeps as many more of its
+    /// best as it has in one ranking for the rest of the budget.
     void rank_together(const Live<P>& live) {
-        std::size_t total = 0, held = 0;
+        if (const std::optional<float> least = cut_of(policy)) {
+            for (std::size_t i = 0; i < candidates_.size(); ++i)
+                selector_.reaching(candidates_[i], *least, live.pinned, keeps_[i]);
+            return;
+        }
+        std::size_t own = 0, total = 0, held = 0;
+        if constexpr (requires { policy.own_rows(); }) own = policy.own_rows();
         for (const Candidates& head : candidates_) {
-            total += head.size;
+            const bool whole = head.protect.recent >= head.score.size();  // as where the policy has no say
+            total += head.size - (whole ? 0 : std::min(own, head.size));
             held += head.score.size();
         }
         HeadTie tie = HeadTie::lower;
         if constexpr (requires { policy.tie(); }) tie = policy.tie();
         selector_.pooled(candidates_, std::min(total, held), live.pinned, tie, keeps_);
+        for (std::size_t i = 0; i < candidates_.size() && own > 0; ++i) {
+            candidates_[i].size = keeps_[i].size() + own;
+            selector_.head(candidates_[i], live.pinned, keeps_[i]);
+        }
     }
 
     Selector selector_;

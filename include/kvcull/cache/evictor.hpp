@@ -87,6 +87,7 @@ class Evictor {
     void reserve(std::size_t rows) {
         for (State& state : live_.states) reserve_state(state, rows);
         decision_.reserve(rows);
+        if constexpr (Gated<P>) log_beta_.get(shape().kv_heads);
         plan_.reserve(decides_at_end() ? shape().heads() : shape().kv_heads, rows);
     }
 
@@ -143,12 +144,21 @@ class Evictor {
     void admit(std::size_t layer, std::size_t tokens, const AppendInputs& inputs = {}) {
         check_admit("Evictor::admit", layer, tokens, inputs);
         const std::size_t first = flat(layer, 0);
+        MatrixView<const float> log_beta = inputs.log_beta;
+        if constexpr (Gated<P>)
+            if (log_beta.empty()) {
+                const MatrixView<float> made(log_beta_.get(shape().kv_heads * tokens), shape().kv_heads,
+                                             tokens);
+                policy().log_beta(*decision_.workers.kernels, layer, inputs.attention_input, made,
+                                  decision_.workers.scratch_of(0).policy);
+                log_beta = made;
+            }
         try {
             for (std::size_t h = 0; h < shape().kv_heads; ++h) {
                 resize_state(live_.states[first + h], live_.rows[first + h] + tokens);
                 if constexpr (SideInput<P>) {
                     HeadInputs side{.first_row = live_.rows[first + h], .layer = layer, .head = h};
-                    if (!inputs.log_beta.empty()) side.log_beta = inputs.log_beta[h];
+                    if (!log_beta.empty()) side.log_beta = log_beta[h];
                     side.attention_input = inputs.attention_input;
                     policy().admit(live_.states[first + h], side);
                 }
@@ -178,7 +188,8 @@ class Evictor {
                 tokens <= live_.prompt_end - live_.seen, where, "tokens", tokens,
                 detail::text("at most the ", live_.prompt_end - live_.seen, " left of the prompt's total"));
         if constexpr (SideInput<P>) {
-            const bool beta = static_cast<Side>(P::side) == Side::log_beta;
+            bool beta = static_cast<Side>(P::side) == Side::log_beta;
+            if constexpr (Gated<P>) beta = !policy().gated() || !inputs.log_beta.empty();
             const MatrixView<const float>& given = beta ? inputs.log_beta : inputs.attention_input;
             const std::string_view name = beta ? "log_beta" : "attention_input";
             detail::check<error::state_error>(!given.empty(), where, name, "missing",
@@ -574,6 +585,7 @@ class Evictor {
     Live<P> live_;
     Plan plan_;
     std::vector<index_t> kept_;
+    Scratch<float> log_beta_;  // [kv_heads, c] that gates made
 };
 
 }  // namespace kvcull::inline KVCULL_ABI

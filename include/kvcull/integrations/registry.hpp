@@ -40,6 +40,8 @@ template <class T>
     const std::string got = "\"" + std::string(text) + "\"";
     if constexpr (is_optional<T>::value) {
         return parse_value<typename T::value_type>(where, key, text);
+    } else if constexpr (requires { T::from_text(text); }) {
+        return T::from_text(text);
     } else if constexpr (std::same_as<T, bool>) {
         if (text == "true" || text == "1") return true;
         if (text == "false" || text == "0") return false;

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <tuple>
@@ -34,6 +35,9 @@ namespace kvcull::inline KVCULL_ABI {
 
 /// prompt: rows enter in chunks. decode: rows are generated. probe: rows attend but are not cached.
 enum class Phase : std::uint8_t { prompt, decode, probe };
+
+/// Of two rows of different heads with equal score and position, the head that keeps its row.
+enum class HeadTie : std::uint8_t { lower, later };
 
 inline constexpr std::size_t all_rows = static_cast<std::size_t>(-1);
 inline constexpr std::size_t unlimited = static_cast<std::size_t>(-1);
@@ -124,6 +128,7 @@ struct Moment {
     std::size_t since = 0;    // tokens decoded since the last eviction of this layer or the prompt's end
     std::size_t rows = 0, budget = 0;  // of the head, or their sums over what is ranked together
     std::size_t slack = 0;             // rows above the budget that the user lets be, summed likewise
+    std::size_t heads = 1;             // how many are ranked together
 };
 
 /// What is ranked together.
@@ -237,6 +242,22 @@ concept SideInput = requires(const P policy, typename P::State state, const Head
     { P::side } -> std::convertible_to<Side>;
     policy.admit(state, inputs);
 };
+/// Makes log_beta of the layer's attention input, for all heads at once, wherever it is `gated()` and only
+/// that is given. x[c, D], out[kv_heads, c].
+template <class P>
+concept Gated = SideInput<P> &&
+    requires(const P policy, const simd::Kernels& kernels, std::size_t number, MatrixView<const float> x,
+             MatrixView<float> out, Scratch<float>& workspace) {
+    { policy.gated() } -> std::same_as<bool>;
+    policy.check_gates(number, number);                   // layers, kv_heads: config_error
+    policy.log_beta(kernels, number, x, out, workspace);  // number: the layer
+};
+/// Ranks heads together and, where `cut()` gives a score, keeps every row that reaches it, and no other but
+/// protected ones, whatever the budget: none need be given.
+template <class P>
+concept Cuts = requires(const P policy) {
+    { policy.cut() } -> std::same_as<std::optional<float>>;
+};
 /// Chooses the set itself, or does so if there is a `selects()` and that says so. `fixed[n]` marks rows that
 /// must stay; `keep` receives `count` ascending rows.
 template <class P>
@@ -301,6 +322,12 @@ template <class P>
 [[nodiscard]] constexpr Scope scope_of(const P& policy) {
     if constexpr (Scoped<P>) return policy.scope();
     return Scope::head;
+}
+/// The score that decides instead of a budget, if one does.
+template <class P>
+[[nodiscard]] std::optional<float> cut_of(const P& policy) {
+    if constexpr (Cuts<P>) return policy.cut();
+    return std::nullopt;
 }
 template <class P>
 [[nodiscard]] constexpr bool is_ordered(const P& policy) {

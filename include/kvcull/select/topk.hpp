@@ -21,9 +21,6 @@ struct PositionRange {
     position_t begin = 0, end = 0;
 };
 
-/// Of two rows of different heads with equal score and position, the head that keeps its row.
-enum class HeadTie : std::uint8_t { lower, later };
-
 /// One head's part of a selection.
 struct Candidates {
     std::span<const float> score;  // [n], higher = keep
@@ -100,6 +97,17 @@ class Selector {
             kept = write_beyond(border, keep);
         }
         keep.resize(kept);
+    }
+
+    /// The rows of one head that reach `least`, and those that `fix` marks, ascending.
+    void reaching(Candidates head, float least, std::span<const PositionRange> pinned,
+                  std::vector<index_t>& keep) {
+        head.size = head.score.size();
+        fix(head, pinned, fixed_);
+        keep.clear();
+        for (std::size_t j = 0; j < head.score.size(); ++j)
+            if (fixed_[j] != 0 || score_order(head.score[j]) >= score_order(least))
+                keep.push_back(static_cast<index_t>(j));
     }
 
     /// One ranking over the rows of all heads: `total` rows stay, protected ones first. Heads end ragged.
