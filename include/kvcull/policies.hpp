@@ -9,3 +9,4 @@
 #include "policies/obcache.hpp"
 #include "policies/snapkv.hpp"
 #include "policies/streaming.hpp"
+#include "policies/trimkv.hpp"

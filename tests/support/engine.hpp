@@ -137,6 +137,7 @@ class Engine {
 
     void append(std::size_t layer, HeadsView<const float> k, HeadsView<const float> v,
                 const AppendInputs& inputs = {}) {
+        if constexpr (SideInput<P>) evictor_.admit(layer, k.tokens, inputs);
         for (std::size_t h = 0; h < shape().kv_heads; ++h)
             for (std::size_t i = 0; i < k.tokens; ++i)
                 rows_[layer * shape().kv_heads + h].append(

@@ -11,6 +11,7 @@
 #include "support/foreign.hpp"
 #include "support/live.hpp"
 #include "support/reference.hpp"
+#include "support/self_gated.hpp"
 
 namespace kvcull::test {
 
@@ -33,6 +34,7 @@ void for_every_policy(Visit&& visit) {
     visit(Caote{});
     visit(Caote<>{.base = {.base = PerHeadAttention::Rows::h2o}, .fast = true});
     visit(Caote<H2O>{.base = {.recent = 2}});
+    visit(SelfGated{});
 }
 
 /// One thread per index.
