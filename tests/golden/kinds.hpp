@@ -54,5 +54,16 @@ namespace snapkv {
 void check_evict(GoldenFile& file);
 void check_decode(GoldenFile& file);
 }  // namespace snapkv
+namespace trimkv {
+void check_gate(GoldenFile& file);
+void check_attention(GoldenFile& file);
+void check_capacity(GoldenFile& file);
+void check_losses(GoldenFile& file);
+void check_decode(GoldenFile& file);
+void check_global(GoldenFile& file);
+void check_block(GoldenFile& file);
+void check_train(GoldenFile& file);
+void check_checkpoint(GoldenFile& file);
+}  // namespace trimkv
 
 }  // namespace kvcull::test

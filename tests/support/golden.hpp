@@ -82,6 +82,7 @@ class GoldenFile {
 
     // --- inputs
 
+    [[nodiscard]] const SafeTensors& file() const noexcept { return file_; }
     [[nodiscard]] bool contains(std::string_view name) const { return file_.contains(name); }
     /// @throws format_error if the tensor is missing, of another type or has another number of axes.
     template <class T>
