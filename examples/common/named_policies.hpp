@@ -1,9 +1,10 @@
 #pragma once
-/// The policies that a command line can name: `snapkv`, or `snapkv:window=16,kernel=5`.
+/// The policies that a command line can name: `snapkv`, `snapkv:window=16,kernel=5`, `trimkv:gates=FILE`.
 
 #include <kvcull/integrations/registry.hpp>
 #include <kvcull/policies.hpp>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -11,7 +12,15 @@ namespace examples {
 
 template <kvcull::Policy... Ps>
 struct PolicyList {
-    [[nodiscard]] static std::vector<std::string> names() { return {std::string(Ps::name)...}; }
+    /// Those that run without more than the tokens bring: all but the ones that wait for a side value.
+    [[nodiscard]] static std::vector<std::string> names() {
+        std::vector<std::string> names;
+        const auto add = [&]<class P>(std::type_identity<P>) {
+            if constexpr (!kvcull::SideInput<P>) names.emplace_back(P::name);
+        };
+        (add(std::type_identity<Ps>{}), ...);
+        return names;
+    }
 
     /// Calls `use(policy)` with the policy that `text` names.
     /// @throws kvcull::error::config_error for an unknown name, key or value; it lists what exists
@@ -24,6 +33,7 @@ struct PolicyList {
 /// To let your own policy be named by all programs here, add it.
 using NamedPolicies = PolicyList<kvcull::Full, kvcull::Streaming, kvcull::Random, kvcull::H2O, kvcull::Tova,
                                  kvcull::KeyDiff, kvcull::KeyNorm, kvcull::Vatp, kvcull::SnapKV, kvcull::Laq,
-                                 kvcull::LaqPlus, kvcull::OBCache, kvcull::Caote<>, kvcull::FastCaote<>>;
+                                 kvcull::LaqPlus, kvcull::OBCache, kvcull::Caote<>, kvcull::FastCaote<>,
+                                 kvcull::TrimKV>;
 
 }  // namespace examples

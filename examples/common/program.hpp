@@ -21,7 +21,8 @@ struct Comparison {
 };
 
 inline void add_options(CLI::App& app, Comparison& options) {
-    app.add_option("--policy", options.policies, "NAME or NAME:key=value,...; repeatable (default: all)")
+    app.add_option("--policy", options.policies,
+                   "NAME or NAME:key=value,...; repeatable (default: all that need no file)")
         ->allow_extra_args(false);
     app.add_option("--budget", options.budgets,
                    "Tokens per KV head, or below 1 the ratio of the prompt; several by commas")

@@ -80,7 +80,7 @@ void Llama::finish(std::size_t layer, Activations& a) const {
 void Llama::head(std::size_t rows, Activations& a, RowMajorMatrix& logits) const {
     const auto last = a.hidden.bottomRows(static_cast<Eigen::Index>(rows)).eval();
     normalise(last, norm_, a.normed);
-    logits.noalias() = a.normed * (config_.tied_head ? embedding_ : head_).transpose();
+    logits.noalias() = a.normed * head().transpose();
 }
 
 void Llama::normalise(const RowMajorMatrix& x, const RowVector& weight, RowMajorMatrix& out) const {

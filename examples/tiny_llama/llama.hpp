@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <filesystem>
+#include <kvcull/cache/shape.hpp>
 #include <kvcull/views.hpp>
 #include <span>
 #include <vector>
@@ -24,11 +25,21 @@ class Llama {
     explicit Llama(const std::filesystem::path& folder);
 
     [[nodiscard]] const Config& config() const noexcept { return config_; }
+    struct Layer {
+        RowVector attention_norm, mlp_norm;
+        RowMajorMatrix qkv, output, gate_up, down;  ///< [out, in]
+    };
+    [[nodiscard]] const std::vector<Layer>& layers() const noexcept { return layers_; }
+    [[nodiscard]] const RowMajorMatrix& embedding() const noexcept { return embedding_; }
+    [[nodiscard]] const RowVector& norm() const noexcept { return norm_; }
+    /// From the normed hidden state to logits, [vocabulary, hidden].
+    [[nodiscard]] const RowMajorMatrix& head() const noexcept {
+        return config_.tied_head ? embedding_ : head_;
+    }
 
     /// Appends `tokens` to the sequence in `cache`: a prompt, a chunk of one, or a single token.
-    /// @param cache   append(layer, k, v), attend(layer, q, out), end_step(), and seen() for the next
-    /// position;
-    ///                kvcull::KVCache, or anything else with these members
+    /// @param cache   append(layer, k, v, inputs), attend(layer, q, out), end_step(), and seen() for the next
+    ///                position; kvcull::KVCache, or anything else with these members
     /// @param logits  [1 or tokens.size(), vocabulary], overwritten
     /// @throws std::invalid_argument for no tokens, std::out_of_range for one beyond the vocabulary; what the
     /// cache throws
@@ -45,7 +56,8 @@ class Llama {
                 return kvcull::HeadsView<const float>{
                     a.qkv.data() + first * d, count, n, d, d, static_cast<std::size_t>(a.qkv.cols())};
             };
-            cache.append(layer, heads(q_heads, kv_heads), heads(q_heads + kv_heads, kv_heads));
+            cache.append(layer, heads(q_heads, kv_heads), heads(q_heads + kv_heads, kv_heads),
+                         {.attention_input = {a.normed.data(), n, config_.hidden}});
             cache.attend(layer, heads(0, q_heads), kvcull::token_major(a.attended.data(), q_heads, n, d));
             finish(layer, a);
         }
@@ -54,10 +66,6 @@ class Llama {
     }
 
   private:
-    struct Layer {
-        RowVector attention_norm, mlp_norm;
-        RowMajorMatrix qkv, output, gate_up, down;  ///< [out, in]
-    };
     /// What a call carries from layer to layer, a row per token.
     struct Activations {
         RowMajorMatrix hidden, normed, qkv, attended, gate_up, product;

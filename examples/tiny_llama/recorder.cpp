@@ -17,10 +17,11 @@ class Recorder {
         : cache_(shape, {}, {.tokens = 1}), layers_(layers), trace_(trace) {}
 
     [[nodiscard]] std::size_t seen() const { return cache_.seen(); }
-    void append(std::size_t layer, kvcull::HeadsView<const float> k, kvcull::HeadsView<const float> v) {
+    void append(std::size_t layer, kvcull::HeadsView<const float> k, kvcull::HeadsView<const float> v,
+                const kvcull::AppendInputs& inputs) {
         copy(layer, &replay::Trace::Layer::k, k);
         copy(layer, &replay::Trace::Layer::v, v);
-        cache_.append(layer, k, v);
+        cache_.append(layer, k, v, inputs);
     }
     void attend(std::size_t layer, kvcull::HeadsView<const float> q, kvcull::HeadsView<float> out) {
         copy(layer, &replay::Trace::Layer::q, q);

@@ -3,7 +3,7 @@
 
 #include <cmath>
 #include <cstddef>
-#include <kvcull/views.hpp>
+#include <kvcull/cache/shape.hpp>
 #include <vector>
 
 class FullCache {
@@ -11,7 +11,8 @@ class FullCache {
     FullCache(std::size_t layers, std::size_t kv_heads) : rows_(layers * kv_heads), kv_heads_(kv_heads) {}
 
     [[nodiscard]] std::size_t seen() const { return seen_; }
-    void append(std::size_t layer, kvcull::HeadsView<const float> k, kvcull::HeadsView<const float> v) {
+    void append(std::size_t layer, kvcull::HeadsView<const float> k, kvcull::HeadsView<const float> v,
+                const kvcull::AppendInputs& /*inputs*/ = {}) {
         for (std::size_t head = 0; head < kv_heads_; ++head)
             for (std::size_t t = 0; t < k.tokens; ++t)
                 rows_[layer * kv_heads_ + head].push_back(

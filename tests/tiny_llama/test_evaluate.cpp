@@ -4,9 +4,12 @@
 #include <cmath>
 #include <fstream>
 #include <kvcull/base/error.hpp>
+#include <kvcull/base/safetensors.hpp>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <thread>
+
+#include <unistd.h>
 
 #include "full_cache.hpp"
 #include "support/catch.hpp"
@@ -66,6 +69,42 @@ TEST_CASE("a budget that holds everything gives the model's own accuracy", "[tin
             CHECK(std::accumulate(row.kept.begin(), row.kept.end(), 0.0F) == Approx(of.cases[0].size()));
         }
     }
+}
+
+/// Gates of the model's shape in a file, whose log beta is that of their bias whatever they read.
+std::string constant_gates(float bias) {
+    const auto& config = model().config();
+    const std::vector<float> zeros(config.hidden), biases(config.kv_heads, bias);
+    std::vector<kvcull::Tensor> tensors;
+    for (std::size_t i = 0; i < config.layers; ++i) {
+        const std::string gate = "model.layers." + std::to_string(i) + ".self_attn.retention_gate.";
+        const auto add = [&](const char* name, std::vector<std::size_t> shape,
+                             std::span<const float> values) {
+            tensors.push_back(kvcull::Tensor::of(gate + name, std::move(shape), values));
+        };
+        add("linear1.weight", {1, config.hidden}, zeros);
+        add("linear1.bias", {1}, std::span(zeros).first(1));
+        add("linear2.weight", {config.kv_heads, 1}, std::span(zeros).first(config.kv_heads));
+        add("bias", {config.kv_heads}, biases);
+    }
+    const std::string path =
+        (std::filesystem::temp_directory_path() / ("kvcull_constant_gates_" + std::to_string(::getpid()))).string();
+    kvcull::SafeTensors::write(path, {}, tensors);
+    return path;
+}
+
+TEST_CASE("trimkv reads gates from a file and what enters the model's projections",
+          "[tiny_llama][property]") {
+    const Task of = task("needle");
+    const std::string path = constant_gates(3.0F);
+    const Row gated = run({"trimkv:gates=" + path, {.tokens = 48}}, of, 2);
+    const Row window = run({"streaming:sinks=0", {.tokens = 48}}, of, 2);  // what equal rates amount to
+    CHECK(gated.accuracy == window.accuracy);
+    CHECK(gated.kept == window.kept);
+    CHECK_THROWS_AS(run({"trimkv", {.tokens = 48}}, of, 1), kvcull::error::state_error);
+    CHECK_THROWS_AS(run({"trimkv:gates=" + path + ".none", {.tokens = 48}}, of, 1),
+                    kvcull::error::format_error);
+    std::filesystem::remove(path);
 }
 
 /// What the model says next, without any eviction.

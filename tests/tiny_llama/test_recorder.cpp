@@ -56,7 +56,7 @@ TEST_CASE("a recording holds what the layers gave to their cache", "[tiny_llama]
                     to[head].insert(to[head].end(), rows.row(head, t), rows.row(head, t) + rows.dim);
         }
         void append(std::size_t layer, kvcull::HeadsView<const float> new_k,
-                    kvcull::HeadsView<const float> new_v) {
+                    kvcull::HeadsView<const float> new_v, const kvcull::AppendInputs& /*inputs*/) {
             if (layer == 2) add(k, new_k), add(v, new_v);
             FullCache::append(layer, new_k, new_v);
         }
