@@ -4,6 +4,7 @@
 /// as warm. `over_attention` is what the step takes beyond it, as a share of its time; that of `full`, which
 /// only appends, is part of all others.
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -25,14 +26,24 @@ constexpr std::size_t budget = 4096;
 class Tokens {
   public:
     explicit Tokens(std::size_t count)
-        : count_(count), q_(count * queries), k_(count * keys), v_(k_), out_(q_) {}
+        : count_(count),
+          q_(count * queries),
+          k_(count * keys),
+          v_(k_),
+          out_(q_),
+          log_beta_(count * shape.kv_heads) {}
 
     void draw() {
-        for (std::vector<float>* rows : {&q_, &k_, &v_}) fill(*rows, ++drawn_);
+        for (std::vector<float>* rows : {&q_, &k_, &v_, &log_beta_}) fill(*rows, ++drawn_);
+        for (float& x : log_beta_) x = -0.01F * std::abs(x);
     }
     [[nodiscard]] HeadsView<const float> q() const { return heads(q_, shape.q_heads); }
     [[nodiscard]] HeadsView<const float> k() const { return heads(k_, shape.kv_heads); }
     [[nodiscard]] HeadsView<const float> v() const { return heads(v_, shape.kv_heads); }
+    /// For the policies that take it.
+    [[nodiscard]] AppendInputs inputs() const {
+        return {.log_beta = {log_beta_.data(), shape.kv_heads, count_}};
+    }
     [[nodiscard]] HeadsView<float> out() {
         return token_major(out_.data(), shape.q_heads, count_, shape.head_dim);
     }
@@ -46,7 +57,7 @@ class Tokens {
     }
 
     std::size_t count_;
-    std::vector<float> q_, k_, v_, out_;
+    std::vector<float> q_, k_, v_, out_, log_beta_;
     std::uint64_t drawn_ = 0;
 };
 
@@ -57,7 +68,7 @@ void prompt(KVCache<P>& cache) {
     cache.begin_prompt(budget);
     for (std::size_t seen = 0; seen < budget; seen += chunk) {
         tokens.draw();
-        cache.append(0, tokens.k(), tokens.v());
+        cache.append(0, tokens.k(), tokens.v(), tokens.inputs());
         cache.attend(0, tokens.q(), tokens.out());
         cache.end_step();
     }
@@ -89,7 +100,7 @@ void run(benchmark::State& state, const P& policy, std::size_t slack) {
         const std::size_t before = cache.rows(0, 0);
         token.draw();
         const Stopwatch append;
-        cache.append(0, token.k(), token.v());
+        cache.append(0, token.k(), token.v(), token.inputs());
         mine += append.elapsed();
         const Stopwatch attention;
         attend_plainly(cache, token, scratch);

@@ -2,6 +2,7 @@
 /// group of 4. observe: one decode step's query row. score: a number for every row. evict: score, select,
 /// plan, and state and rows (f32, head_dim 128) moved, 128 rows going.
 
+#include <cmath>
 #include <numeric>
 #include <string>
 #include <string_view>
@@ -37,6 +38,11 @@ class Head {
         resize_state(state_, before);
         policy_.observe(state_, base(before, before, Phase::prompt));
         resize_state(state_, n);
+        if constexpr (SideInput<P>) {
+            std::vector<float> log_beta = random_row(n, 4);
+            for (float& x : log_beta) x = -0.01F * std::abs(x);
+            policy_.admit(state_, {.log_beta = log_beta});
+        }
         run(Phase::prompt, prompt_tile, [&](const HeadStep& step) { policy_.observe(state_, step); });
     }
 

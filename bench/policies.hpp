@@ -19,6 +19,7 @@ void for_each_policy(const Visit& visit) {
     visit(FastCaote<>{});
     visit(KeyDiff{});
     visit(KeyNorm{});
+    visit(TrimKV{});
     visit(SnapKV{.decode_interval = 128});  // else it lets a decoding cache grow
 }
 
