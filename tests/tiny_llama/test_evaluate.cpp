@@ -88,7 +88,8 @@ std::string constant_gates(float bias) {
         add("bias", {config.kv_heads}, biases);
     }
     const std::string path =
-        (std::filesystem::temp_directory_path() / ("kvcull_constant_gates_" + std::to_string(::getpid()))).string();
+        (std::filesystem::temp_directory_path() / ("kvcull_constant_gates_" + std::to_string(::getpid())))
+            .string();
     kvcull::SafeTensors::write(path, {}, tensors);
     return path;
 }
@@ -105,6 +106,19 @@ TEST_CASE("trimkv reads gates from a file and what enters the model's projection
     CHECK_THROWS_AS(run({"trimkv:gates=" + path + ".none", {.tokens = 48}}, of, 1),
                     kvcull::error::format_error);
     std::filesystem::remove(path);
+}
+
+TEST_CASE("the shipped gates keep facts that a window of the same size has lost", "[tiny_llama][property]") {
+    const std::string gates = "trimkv:gates=" + (model_folder / "gates.safetensors").string();
+    for (const char* name : {"needle", "thoughts"}) {
+        CAPTURE(name);
+        const Task of = task(name);
+        const Row learned = run({gates, {.tokens = 48}}, of, 6),
+                  window = run({"streaming", {.tokens = 48}}, of, 6);
+        CHECK(learned.accuracy > 0.7);
+        CHECK(learned.accuracy > window.accuracy + 0.3);
+        CHECK(learned.kv_bytes < 1.1 * window.kv_bytes);
+    }
 }
 
 /// What the model says next, without any eviction.

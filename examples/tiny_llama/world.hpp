@@ -1,0 +1,14 @@
+#pragma once
+/// Documents in the language of the tiny world (model/README.md), to train on.
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace tiny_llama {
+
+/// A document of `length` tokens: facts among filler, thoughts that restate facts, or runs about one topic,
+/// and questions until the end. The same seed gives the same document everywhere.
+[[nodiscard]] std::vector<int> world_document(std::uint64_t seed, std::size_t length);
+
+}  // namespace tiny_llama
