@@ -16,6 +16,7 @@
 #include "policies.hpp"
 #include "select/budget.hpp"
 #include "select/executors.hpp"
+#include "select/cluster.hpp"
 #include "select/head_rules.hpp"
 #include "select/layer_rules.hpp"
 #include "select/reduce.hpp"

@@ -20,7 +20,7 @@ std::span<const Kind> known_kinds() {
         {"epicache", "score"},
         {"epicache", "prefill"},
         {"epicache", "budget"},
-        {"epicache", "cluster"},
+        {"epicache", "cluster", epicache::check_cluster},
         {"epicache", "route"},
         {"guard", "deterministic", guard::check_deterministic},
         {"guard", "guard", guard::check_guard},

@@ -33,6 +33,9 @@ void check_scores(GoldenFile& file);
 void check_greedy(GoldenFile& file);
 void check_decode(GoldenFile& file);
 }  // namespace caote
+namespace epicache {
+void check_cluster(GoldenFile& file);
+}  // namespace epicache
 namespace guard {
 void check_deterministic(GoldenFile& file);
 void check_guard(GoldenFile& file);
