@@ -4,9 +4,11 @@
 
 #include "attention/rope.hpp"
 #include "base/safetensors.hpp"
+#include "cache/block_prefill.hpp"
 #include "cache/evictor.hpp"
 #include "cache/kv_cache.hpp"
 #include "cache/lookahead.hpp"
+#include "cache/saved.hpp"
 #include "integrations/registry.hpp"
 #include "paging/file_store.hpp"
 #include "paging/guard.hpp"
@@ -18,5 +20,6 @@
 #include "select/executors.hpp"
 #include "select/cluster.hpp"
 #include "select/head_rules.hpp"
+#include "select/layer_profile.hpp"
 #include "select/layer_rules.hpp"
 #include "select/reduce.hpp"

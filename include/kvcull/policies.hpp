@@ -3,6 +3,7 @@
 
 #include "policies/caote.hpp"
 #include "policies/critical.hpp"
+#include "policies/epicache.hpp"
 #include "policies/h2o.hpp"
 #include "policies/keydiff.hpp"
 #include "policies/laq.hpp"

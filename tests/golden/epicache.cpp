@@ -1,12 +1,18 @@
 // Layouts of method `epicache`.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include "kinds.hpp"
+#include "kvcull/cache/block_prefill.hpp"
+#include "kvcull/policies.hpp"
 #include "kvcull/select/cluster.hpp"
+#include "kvcull/select/layer_profile.hpp"
+#include "kvcull/select/layer_rules.hpp"
 #include "streams.hpp"
 
 namespace kvcull::test::epicache {
@@ -44,7 +50,219 @@ std::vector<std::int64_t> representatives(const Points& points, const Clustering
     return all;
 }
 
+/// The layers' own sizes.
+struct Sizes {
+    std::vector<std::size_t> of_layer;
+
+    void layer_sizes(std::size_t /*mean*/, std::size_t /*prompt*/, Protected /*policy*/,
+                     std::span<std::size_t> out) const {
+        std::copy(of_layer.begin(), of_layer.end(), out.begin());
+    }
+};
+
+/// A cache of one layer that holds the file's rows: ragged heads, one after the other.
+template <Policy P>
+KVCache<P> ragged_cache(const P& policy, std::size_t q_heads, const Array<float>& k,
+                        const std::vector<std::int64_t>& lengths, const std::vector<position_t>& positions,
+                        std::size_t budget, std::size_t seen) {
+    const std::size_t dim = k.dim(1);
+    const CacheShape shape{.layers = 1, .q_heads = q_heads, .kv_heads = lengths.size(), .head_dim = dim};
+    KVCache<P> cache(shape, policy, {.tokens = budget});
+    Live<P> live = cache.evictor().live();
+    std::vector<HeadView> views;
+    std::size_t first = 0;
+    for (std::size_t h = 0; h < lengths.size(); ++h) {
+        const auto rows = static_cast<std::size_t>(lengths[h]);
+        const RowsView held(k.values.data() + first * dim, rows, dim, dim);
+        views.push_back({held, held, std::span(positions).subspan(first, rows)});
+        live.rows[h] = rows;
+        resize_state(live.states[h], rows);
+        first += rows;
+    }
+    detail::check_size("golden", "in.k.shape[0]", k.dim(0), first);
+    live.seen = seen;
+    live.next_position = live.call_next = static_cast<position_t>(seen);
+    cache.restore(std::move(live), {views, shape.kv_heads});
+    return cache;
+}
+/// Probes with q[Hq, p, d]; the rows' own keys are zero and have no say.
+template <class Cache>
+void probe(Cache& cache, std::size_t layer, HeadsView<const float> q) {
+    const CacheShape& shape = cache.shape();
+    const std::vector<float> zeros(shape.kv_heads * q.tokens * shape.head_dim);
+    std::vector<float> out(shape.q_heads * q.tokens * shape.values());
+    const auto own = head_major(zeros.data(), shape.kv_heads, q.tokens, shape.head_dim);
+    cache.probe(layer, q, own, own, head_major(out.data(), shape.q_heads, q.tokens, shape.values()));
+}
+/// Rows that are left of `lengths` rows per head, as indices within the head, and how many.
+template <class Cache>
+void expect_keep(GoldenFile& file, const std::string& name, const Cache& cache,
+                 const std::vector<std::int64_t>& lengths, const std::vector<position_t>& positions) {
+    std::vector<std::int64_t> kept_len, keep;
+    auto first = positions.begin();
+    for (std::size_t h = 0; h < lengths.size(); ++h) {
+        const auto end = first + lengths[h];
+        kept_len.push_back(static_cast<std::int64_t>(cache.rows(0, h)));
+        for (const position_t position : cache.positions(0, h))
+            keep.push_back(std::find(first, end, position) - first);
+        first = end;
+    }
+    if (name != "keydiff") file.expect("out." + name + "_len", {lengths.size()}, kept_len);
+    file.expect("out." + name + "_keep", {keep.size()}, keep);
+}
+
+/// The file's rows in place of a model's: token t of the history has the position t.
+struct Rows {
+    struct Layer {
+        Array<float> k, v, prompt_q;
+    };
+    std::vector<Layer> layers;
+    std::size_t block;
+    std::vector<std::size_t> peak = std::vector<std::size_t>(layers.size());
+
+    template <class Cache>
+    void forward(Cache& cache, std::span<const std::int32_t> tokens) {
+        const CacheShape& shape = cache.shape();
+        const std::size_t first = cache.seen(), c = tokens.size();
+        const std::vector<float> q(shape.q_heads * c * shape.head_dim);
+        std::vector<float> out(shape.q_heads * c * shape.values());
+        for (std::size_t l = 0; l < layers.size(); ++l) {
+            const Layer& layer = layers[l];
+            const std::size_t n = layer.k.dim(1), d = shape.head_dim, dv = shape.values();
+            cache.append(l, {layer.k.values.data() + first * d, shape.kv_heads, c, d, n * d, d},
+                         {layer.v.values.data() + first * dv, shape.kv_heads, c, dv, n * dv, dv});
+            std::size_t rows = 0;
+            for (std::size_t h = 0; h < shape.kv_heads; ++h) rows += cache.rows(l, h);
+            peak[l] = std::max(peak[l], rows);
+            cache.attend(l, head_major(q.data(), shape.q_heads, c, d),
+                         head_major(out.data(), shape.q_heads, c, dv));
+        }
+        cache.end_step();
+    }
+    template <class Cache>
+    void probe(Cache& cache, std::span<const std::int32_t> tokens) {
+        for (std::size_t l = 0; l < layers.size(); ++l) {
+            const Array<float>& q = layers[l].prompt_q;
+            const std::size_t rows = tokens.size(), d = q.dim(3), at = (cache.seen() - 1) / block;
+            epicache::probe(cache, l,
+                            head_major(q.values.data() + at * q.dim(1) * rows * d, q.dim(1), rows, d));
+        }
+    }
+};
+
 }  // namespace
+
+void check_score(GoldenFile& file) {
+    const auto q = file.array<float>("in.q", 3), k = file.array<float>("in.k", 2);
+    const auto lengths = file.array<std::int64_t>("in.head_len", 1).values,
+               positions = file.array<std::int64_t>("in.position", 1).values;
+    const std::size_t budget = file.count("budget"), seen = file.count("seen"), q_heads = q.dim(0);
+    for (const HeadBudget heads : {HeadBudget::uniform, HeadBudget::pooled}) {
+        auto cache = ragged_cache(EpiCache{.heads = heads}, q_heads, k, lengths, positions, budget, seen);
+        const auto rows = head_major(q.values.data(), q_heads, q.dim(1), q.dim(2));
+        cache.hold(true);
+        probe(cache, 0, rows);
+        file.expect("out.score", {positions.size()}, all_scores(cache));
+        cache.hold(false);
+        probe(cache, 0, rows);
+        expect_keep(file, heads == HeadBudget::pooled ? "pooled" : "uniform", cache, lengths, positions);
+    }
+    KVCache<KeyDiff> cache = ragged_cache(KeyDiff{}, q_heads, k, lengths, positions, budget, seen);
+    Live<KeyDiff> live = cache.evictor().live();
+    std::vector<HeadView> views;
+    std::vector<double>
+        mean_norm;  // by which the library's score, a cosine, is larger: the order is the same
+    for (std::size_t h = 0; h < lengths.size(); ++h) {
+        const HeadView& head = views.emplace_back(cache.view(0, h));
+        std::vector<float> row(head.k.dim());
+        std::vector<double> mean(row.size());
+        for (std::size_t j = 0; j < head.rows(); ++j) {
+            head.k.widen(j, row);
+            live.states[h].inverse[j] = inverse_norm(simd::kernels(), row);
+            for (std::size_t c = 0; c < row.size(); ++c)
+                mean[c] += static_cast<double>(row[c] * live.states[h].inverse[j]) /
+                           static_cast<double>(head.rows());
+        }
+        mean_norm.push_back(std::sqrt(detail::dot(mean, mean)));
+    }
+    KVCache<KeyDiff> known(cache.shape(), KeyDiff{}, {.tokens = budget});
+    known.restore(std::move(live), {views, lengths.size()});
+    std::vector<float> scores;
+    for (std::size_t h = 0; h < lengths.size(); ++h)
+        for (const float cosine : known.scores(0, h))
+            scores.push_back(static_cast<float>(static_cast<double>(cosine) * mean_norm[h]));
+    file.expect("out.keydiff_score", {scores.size()}, scores);
+    known.make_room(0);
+    expect_keep(file, "keydiff", known, lengths, positions);
+}
+
+void check_prefill(GoldenFile& file) {
+    const EpiCache policy{.heads = read_named<HeadBudget>(file, "head_budget"),
+                          .sinks = file.count("sinks"),
+                          .recent = file.count("recent")};
+    const std::size_t layers = file.count("layers"), block = file.count("block");
+    Sizes sizes;
+    std::istringstream list(file.text("budget"));
+    for (std::string one; std::getline(list, one, ',');) sizes.of_layer.push_back(std::stoul(one));
+    detail::check_size("golden", "number of layers in budget", sizes.of_layer.size(), layers);
+
+    Rows model{.layers = {}, .block = block};
+    for (std::size_t l = 0; l < layers; ++l) {
+        const std::string at = "in.l" + std::to_string(l) + ".";
+        model.layers.push_back({file.array<float>(at + "k", 3), file.array<float>(at + "v", 3),
+                                file.array<float>(at + "prompt_q", 4)});
+    }
+    const Rows::Layer& first = model.layers.at(0);
+    const std::size_t n = first.k.dim(1), kv_heads = first.k.dim(0), blocks = first.prompt_q.dim(0);
+    const CacheShape shape{.layers = layers,
+                           .q_heads = first.prompt_q.dim(1),
+                           .kv_heads = kv_heads,
+                           .head_dim = first.k.dim(2),
+                           .value_dim = first.v.dim(2)};
+    for (const std::size_t block_rows : {3U, 64U}) {
+        file.begin_run("storage in blocks of " + std::to_string(block_rows));
+        BlockPool pool({.block_rows = block_rows});
+        KVCache<EpiCache, Sizes> cache(shape, policy, {.tokens = 1}, pool, sizes);
+        model.peak.assign(layers, 0);
+        std::vector<std::vector<std::int64_t>> lengths(layers), positions(layers);
+        const std::vector<std::int32_t> history(n);
+        FixedPrompt prompt{std::vector<std::int32_t>(first.prompt_q.dim(2))};
+        for (std::size_t from = 0; from < n; from += block) {
+            block_prefill(cache, model, std::span(history).subspan(from, std::min(block, n - from)), block,
+                          prompt);
+            for (std::size_t l = 0; l < layers; ++l)
+                for (std::size_t h = 0; h < kv_heads; ++h) {
+                    append(positions[l], cache.positions(l, h));
+                    lengths[l].push_back(static_cast<std::int64_t>(cache.rows(l, h)));
+                }
+        }
+        KVCache<EpiCache, Sizes> at_once(shape, policy, {.tokens = 1}, pool, sizes);
+        block_prefill(at_once, model, history, block, prompt);
+        file.expect("out.peak_rows", {layers}, whole(model.peak));
+        for (std::size_t l = 0; l < layers; ++l) {
+            const std::string in = "in.l" + std::to_string(l) + ".", out = "out.l" + std::to_string(l) + ".";
+            file.expect(out + "block_len", {blocks, kv_heads}, lengths[l]);
+            file.expect(out + "block_position", {positions[l].size()}, positions[l]);
+        }
+        std::vector<std::vector<float>> outputs;
+        std::size_t tokens = 0;
+        for (std::size_t l = 0; l < layers; ++l) {
+            const std::string in = "in.l" + std::to_string(l) + ".";
+            const auto q = file.array<float>(in + "decode_q", 3), k = file.array<float>(in + "decode_k", 3),
+                       v = file.array<float>(in + "decode_v", 3);
+            tokens = q.dim(1);
+            for (auto* one : {&cache, &at_once}) {
+                outputs.emplace_back(shape.q_heads * tokens * shape.values());
+                one->append(l, head_major(k.values.data(), kv_heads, tokens, shape.head_dim),
+                            head_major(v.values.data(), kv_heads, tokens, shape.values()));
+                one->attend(l, head_major(q.values.data(), shape.q_heads, tokens, shape.head_dim),
+                            head_major(outputs.back().data(), shape.q_heads, tokens, shape.values()));
+                file.expect("out.l" + std::to_string(l) + ".decode", {shape.q_heads, tokens, shape.values()},
+                            outputs.back());
+            }
+        }
+    }
+}
 
 void check_cluster(GoldenFile& file) {
     const auto embedding = file.array<float>("in.embedding", 2),
@@ -98,6 +316,52 @@ void check_cluster(GoldenFile& file) {
     file.expect("out.seeded_centroid", {found, dim}, floats(seeded.centroid.values()));
     file.expect("out.seeded_inertia", {1}, floats(std::vector{seeded.inertia}));
     file.expect("out.seeded_representative", {found, count}, representatives(points, seeded, count));
+}
+
+void check_budget(GoldenFile& file) {
+    const auto full = file.array<float>("in.k_full", 4), masked = file.array<float>("in.k_block", 4);
+    const std::size_t layers = full.dim(0), kv_heads = full.dim(1), n = full.dim(2), dim = full.dim(3);
+    detail::check<error::shape_error>(masked.shape == full.shape, "golden", "shape of in.k_block", "another",
+                                      "that of in.k_full");
+    const auto views_of = [&](const Array<float>& keys) {
+        std::vector<HeadView> views;
+        for (std::size_t i = 0; i < layers * kv_heads; ++i)
+            views.push_back({.k = {keys.values.data() + i * n * dim, n, dim, dim}, .v = {}, .position = {}});
+        return views;
+    };
+    const auto full_views = views_of(full), masked_views = views_of(masked);
+    for (const KeySimilarity measure : {KeySimilarity::token, KeySimilarity::window})
+        file.expect("out.sigma_" + std::string(names_of(measure)[static_cast<std::size_t>(measure)]),
+                    {layers},
+                    layer_similarity({full_views, kv_heads}, {masked_views, kv_heads}, measure,
+                                     file.count("window")));
+
+    const BlockMask mask{
+        .block = file.count("block"), .sinks = file.count("sinks"), .overlap = file.count("overlap")};
+    std::vector<std::uint8_t> sees(n * n);
+    for (std::size_t i = 0; i < n; ++i) {
+        const Visible row = mask.row(i);
+        for (std::size_t j = 0; j < row.end; ++j) sees[i * n + j] = j < row.sinks || j >= row.begin ? 1 : 0;
+    }
+    file.expect_exactly<std::uint8_t>("out.mask", {n, n}, sees);
+
+    const auto sigma = file.array<float>("in.sigma", 1), alpha = file.array<float>("in.alpha", 1);
+    const auto mean = file.array<std::int64_t>("in.mean_budget", 1);
+    for (const auto weights :
+         {BySimilarity::Weights::bounded, BySimilarity::Weights::paper, BySimilarity::Weights::repo}) {
+        std::vector<std::int64_t> all;
+        for (std::size_t r = 0; r < alpha.dim(0); ++r) {
+            std::vector<std::size_t> sizes(sigma.dim(0));
+            BySimilarity{.similarity = sigma.values,
+                         .weights = weights,
+                         .alpha = static_cast<double>(alpha.values[r]),
+                         .min_fraction = file.real("min_fraction")}
+                .layer_sizes(static_cast<std::size_t>(mean.values[r]), 0, {}, sizes);
+            append(all, whole(sizes));
+        }
+        file.expect("out.budget_" + std::string(names_of(weights)[static_cast<std::size_t>(weights)]),
+                    {alpha.dim(0), sigma.dim(0)}, all);
+    }
 }
 
 }  // namespace kvcull::test::epicache

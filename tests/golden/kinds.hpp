@@ -34,6 +34,9 @@ void check_greedy(GoldenFile& file);
 void check_decode(GoldenFile& file);
 }  // namespace caote
 namespace epicache {
+void check_score(GoldenFile& file);
+void check_prefill(GoldenFile& file);
+void check_budget(GoldenFile& file);
 void check_cluster(GoldenFile& file);
 }  // namespace epicache
 namespace guard {

@@ -1,5 +1,7 @@
 #include "kvcull/select/layer_rules.hpp"
 
+#include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -80,6 +82,81 @@ TEST_CASE("layers share in proportion to their sensitivity, to the last row", "[
     REQUIRE(sizes_of(BySensitivity{{1, 1, 1}}, 3, 10, 0, {}) == std::vector<std::size_t>{10, 10, 10});
     REQUIRE(sizes_of(BySensitivity{{0, 1, 3}}, 3, 10, 0, {0, 6}) == std::vector<std::size_t>{6, 9, 15});
     REQUIRE(sizes_of(BySensitivity{{1, 1}}, 2, 3, 0, {0, 2}) == std::vector<std::size_t>{3, 3});
+}
+
+TEST_CASE("a rule by similarity spends the budget exactly, except as published", "[property]") {
+    using Weights = BySimilarity::Weights;
+    for (std::uint64_t seed = 0; seed < 200; ++seed) {
+        SplitMix64 random{seed};
+        const std::size_t layers = 1 + seed % 13, mean = 1 + seed % 37;
+        const double alpha = 4 * random.uniform(), fraction = random.uniform();
+        std::vector<float> similarity;
+        for (std::size_t l = 0; l < layers; ++l)
+            similarity.push_back(l == 0 ? 1.0F : static_cast<float>(random.uniform()));
+        const BySimilarity bounded{.similarity = similarity, .alpha = alpha, .min_fraction = fraction};
+        BySimilarity paper = bounded, repo = bounded;
+        paper.weights = Weights::paper;
+        repo.weights = Weights::repo;
+        const auto bounded_sizes = sizes_of(bounded, layers, mean, 0, {}),
+                   paper_sizes = sizes_of(paper, layers, mean, 0, {}),
+                   repo_sizes = sizes_of(repo, layers, mean, 0, {});
+        const auto low =
+            static_cast<std::size_t>(std::max(1.0, std::floor(fraction * static_cast<double>(mean))));
+        CAPTURE(seed, layers, mean, alpha, fraction);
+        REQUIRE(sum(bounded_sizes) == layers * mean);
+        REQUIRE(sum(paper_sizes) == layers * mean);
+        REQUIRE(*std::min_element(bounded_sizes.begin(), bounded_sizes.end()) >= low);
+        REQUIRE(*std::min_element(repo_sizes.begin(), repo_sizes.end()) >=
+                std::max<std::size_t>(mean / 4, 1));
+        if (*std::min_element(paper_sizes.begin(), paper_sizes.end()) > low)
+            REQUIRE(bounded_sizes == paper_sizes);
+        for (std::size_t a = 0; a < layers; ++a)
+            for (std::size_t b = 0; b < layers; ++b)
+                if (similarity[a] > similarity[b]) {
+                    REQUIRE(bounded_sizes[a] <= bounded_sizes[b]);
+                    REQUIRE(paper_sizes[a] <= paper_sizes[b]);
+                    REQUIRE(repo_sizes[a] <= repo_sizes[b]);
+                }
+    }
+}
+
+TEST_CASE("the first layer gets nothing by the paper's formula, and its least share by the default",
+          "[property]") {
+    const std::vector<float> similarity{1.0F, 0.5F, 1.0F + 1e-6F, 0.0F};
+    const auto sizes = [&](BySimilarity::Weights weights, double alpha) {
+        return sizes_of(BySimilarity{similarity, weights, alpha}, 4, 40, 0, {});
+    };
+    using Weights = BySimilarity::Weights;
+    CHECK(sizes(Weights::paper, 2) == std::vector<std::size_t>{0, 32, 0, 128});
+    CHECK(sizes(Weights::bounded, 2) == std::vector<std::size_t>{10, 28, 10, 112});
+    for (const Weights weights : {Weights::bounded, Weights::paper, Weights::repo}) {
+        CHECK(sizes(weights, 0) == std::vector<std::size_t>(4, 40));
+        CHECK(sizes_of(BySimilarity{{}, weights}, 4, 40, 0, {}) == std::vector<std::size_t>(4, 40));
+        CHECK(sizes_of(BySimilarity{{.5F, .5F, .5F, .5F}, weights}, 4, 40, 0, {}) ==
+              std::vector<std::size_t>(4, 40));
+        CHECK(sizes_of(BySimilarity{{1, 1, 1, 1}, weights}, 4, 40, 0, {}) == std::vector<std::size_t>(4, 40));
+        CHECK(sizes(weights, 1e30).back() >= 120);  // all that the others need not have; no overflow
+    }
+    CHECK(sizes_of(BySimilarity{.similarity = similarity, .min_fraction = 0}, 4, 40, 0, {}).front() == 1);
+    CHECK(sizes_of(BySimilarity{.similarity = similarity, .min_fraction = 1}, 4, 40, 0, {}) ==
+          std::vector<std::size_t>(4, 40));
+}
+
+TEST_CASE("a rule by similarity refuses numbers that mean nothing and layers too small for protected rows",
+          "[contract]") {
+    using error::config_error;
+    const auto refusal = [](const BySimilarity& rule, Protected protect = {}) {
+        return failure<config_error>([&] { (void)sizes_of(rule, 2, 8, 0, protect); });
+    };
+    CHECK(refusal({.similarity = {1, 0, 0}}) == "similarity: number of layers is 3, want 2");
+    CHECK_THROWS_AS(sizes_of(BySimilarity{.similarity = {1, quiet_nan()}}, 2, 8, 0, {}), config_error);
+    CHECK_THROWS_AS(sizes_of(BySimilarity{.similarity = {1, -positive_infinity()}}, 2, 8, 0, {}),
+                    config_error);
+    CHECK(refusal({.alpha = -1}) == "similarity: alpha is -1.000000, want a finite number, not negative");
+    CHECK(refusal({.min_fraction = 1.5}) == "similarity: min_fraction is 1.500000, want in [0, 1]");
+    CHECK(refusal({.similarity = {1, 0}}, {1, 2}) ==
+          "similarity: rows of the smallest layer is 2, want at least the 3 protected rows");
+    CHECK_NOTHROW(sizes_of(BySimilarity{.similarity = {1, 0}}, 2, 8, 0, {1, 1}));
 }
 
 TEST_CASE("rules refuse what they cannot divide", "[contract]") {

@@ -257,6 +257,46 @@ class KVCache {
         return copy;
     }
 
+    /// Replaces the sequence: `rows`, which are not those of this cache, in their order and bit for bit, and
+    /// what `live` says of them. Blocks are used again; marks stay. For saved states.
+    /// @throws shape_error, capacity_error; the cache is then as it was.
+    void restore(Live<P> live, CacheView rows) {
+        constexpr std::string_view where = "KVCache::restore";
+        using detail::text;
+        require_idle(where);
+        detail::check_size(where, "rows.kv_heads", rows.kv_heads, shape().kv_heads);
+        detail::check_size(where, "rows.heads.size()", rows.heads.size(), shape().heads());
+        detail::check_size(where, "live.rows.size()", live.rows.size(), shape().heads());
+        std::size_t takes = 0, gives = 0, longest = 0;
+        for (std::size_t i = 0; i < rows.heads.size(); ++i) {
+            const HeadView& head = rows.heads[i];
+            detail::check_size(where, text("rows.heads[", i, "].k.rows()"), head.k.rows(), live.rows[i]);
+            detail::check_size(where, text("rows.heads[", i, "].v.rows()"), head.v.rows(), live.rows[i]);
+            detail::check_size(where, text("rows.heads[", i, "].position.size()"), head.position.size(),
+                               live.rows[i]);
+            detail::check_size(where, text("rows.heads[", i, "].k.dim()"), head.k.dim(), shape().head_dim);
+            detail::check_size(where, text("rows.heads[", i, "].v.dim()"), head.v.dim(), shape().values());
+            detail::check_size(where, text("rows.heads[", i, "].k.dtype()"), name_of(head.k.dtype()),
+                               name_of(shape().dtype));
+            detail::check_size(where, text("rows.heads[", i, "].v.dtype()"), name_of(head.v.dtype()),
+                               name_of(shape().dtype));
+            takes += storage_.layout().blocks_for(live.rows[i]);
+            gives += storage_.blocks_freed(i, 0, 0);
+            longest = std::max(longest, live.rows[i]);
+        }
+        undo_spares_on_error(storage_.spares(), [&] {
+            storage_.reserve_spares(takes - std::min(takes, gives));
+            storage_.reserve_rows(longest);
+            for (auto& state : live.states) reserve_state(state, reserved_rows_);
+            note_peak();
+        });
+        storage_.keep_freed(true);
+        for (std::size_t i = 0; i < views_.size(); ++i) storage_.truncate(i, 0);
+        for (std::size_t i = 0; i < views_.size(); ++i) storage_.append(i, rows.heads[i]);
+        evictor_.restore(std::move(live));
+        release_spares();
+    }
+
   private:
     struct Saved {
         std::size_t serial;

@@ -206,6 +206,25 @@ class Storage {
         }
     }
 
+    /// Appends rows of the layout's dimensions and element type, bit for bit.
+    void append(std::size_t head, const HeadView& rows) noexcept {
+        Table& table = tables_[head];
+        const std::size_t block_rows = layout_.block_rows;
+        if (rows.rows() > 0 && table.rows % block_rows != 0) own(table, table.rows / block_rows);
+        for (std::size_t j = 0; j < rows.rows(); ++j, ++table.rows) {
+            const std::size_t slot = table.rows % block_rows;
+            if (slot == 0) table.blocks.push_back(take_spare());
+            std::byte* block = table.blocks.back();
+            const position_t position = rows.position[j];
+            std::memcpy(block + layout_.key_offset() + slot * layout_.key_bytes(), rows.k.row(j),
+                        layout_.key_bytes());
+            std::memcpy(block + layout_.value_offset() + slot * layout_.value_bytes(), rows.v.row(j),
+                        layout_.value_bytes());
+            std::memcpy(block + layout_.position_offset() + slot * sizeof(position_t), &position,
+                        sizeof(position_t));
+        }
+    }
+
     /// Copies rows (K, V and position, bit for bit) in the order of `moves`, then cuts `head` to `new_rows`
     /// rows; blocks that hold no row any more go back to the pool. Neighbouring moves are copied as one run.
     void apply(std::size_t head, std::span<const Move> moves, std::size_t new_rows) noexcept {

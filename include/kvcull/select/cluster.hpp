@@ -106,9 +106,10 @@ inline void mean_token_embedding(const RowsView& table, std::span<const std::int
     constexpr std::string_view where = "mean_token_embedding";
     detail::check_size(where, "out.size()", out.size(), table.dim());
     detail::check<error::shape_error>(!ids.empty(), where, "ids.size()", ids.size(), "at least 1");
+    detail::check<error::shape_error>(table.rows() > 0, where, "table.rows()", 0, "at least 1");
     for (const std::int32_t id : ids)
         detail::check<error::shape_error>(id >= 0 && static_cast<std::size_t>(id) < table.rows(), where, "id",
-                                          id, detail::text("0 .. ", table.rows(), " - 1"));
+                                          id, detail::text("0 .. ", table.rows() - 1));
     std::vector<double> sum(out.size());
     std::vector<float> row(out.size());
     for (const std::int32_t id : ids) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
@@ -43,6 +44,20 @@ inline void give_rest(std::span<const std::uint64_t> rest, std::uint64_t whole, 
     std::stable_sort(rank.begin(), rank.end(), [&](auto a, auto b) { return rest[a] > rest[b]; });
     const std::uint64_t places = std::accumulate(rest.begin(), rest.end(), std::uint64_t{0}) / whole;
     for (std::size_t i = 0; i < places; ++i) ++out[rank[i]];
+}
+
+/// Rounds shares that sum to `total`: what their whole parts leave goes to the largest fractions, of equal
+/// ones to the lower index. A share a billionth below a whole number counts as that number.
+inline void round_shares(std::span<const double> share, std::size_t total, std::span<std::size_t> out) {
+    std::vector<std::pair<double, std::size_t>> rest(out.size());
+    std::size_t given = 0;
+    for (std::size_t l = 0; l < out.size(); ++l) {
+        out[l] = std::min(static_cast<std::size_t>(share[l] + 1e-9), total - given);
+        given += out[l];
+        rest[l] = {static_cast<double>(out[l]) - share[l], l};
+    }
+    std::sort(rest.begin(), rest.end());
+    for (std::size_t i = 0; given < total; ++i, ++given) ++out[rest[i % rest.size()].second];
 }
 
 }  // namespace detail
@@ -108,19 +123,117 @@ struct BySensitivity {
         detail::check<config_error>(sum > 0, name, "sum of sensitivities", sum, "above 0");
         const std::size_t places = detail::capacity(name, mean, protect), stay = mean - places;
         const std::size_t total = places * out.size();
-        std::vector<std::pair<double, std::size_t>> rest(out.size());
-        std::size_t given = 0;
-        for (std::size_t l = 0; l < out.size(); ++l) {
-            const double share = static_cast<double>(total) * static_cast<double>(sensitivity[l]) / sum;
-            const std::size_t whole = std::min(static_cast<std::size_t>(share), total - given);
-            out[l] = stay + whole;
-            given += whole;
-            rest[l] = {static_cast<double>(whole) - share, l};
-        }
-        std::sort(rest.begin(), rest.end());  // the largest remainder first, then the lower layer
-        for (std::size_t i = 0; given < total; ++i, ++given) ++out[rest[i % rest.size()].second];
+        std::vector<double> share(out.size());
+        for (std::size_t l = 0; l < out.size(); ++l)
+            share[l] = static_cast<double>(total) * static_cast<double>(sensitivity[l]) / sum;
+        detail::round_shares(share, total, out);
+        for (std::size_t& size : out) size += stay;
     }
 };
 static_assert(BudgetRule<BySensitivity> && !ReadsPrompt<BySensitivity>);
+
+/// EpiCache (arXiv 2509.17396): a layer whose keys change more when its tokens see less (low similarity, see
+/// select/layer_profile.hpp) gets more rows. Sizes count protected rows, which every layer must have room
+/// for.
+struct BySimilarity {
+    static constexpr std::string_view name = "similarity";
+    enum class Weights : std::uint8_t {
+        bounded,  // (1 - similarity)^alpha, no layer below `min_fraction` of the mean nor without a row
+        paper,    // (1 - similarity)^alpha: the first layer, whose similarity is 1, gets nothing
+        repo,     // as the published code: stretched to 0 .. 1, at least a quarter each; the total grows
+    };
+    friend constexpr auto names_of(Weights /*any*/) noexcept {
+        return std::array<std::string_view, 3>{"bounded", "paper", "repo"};
+    }
+
+    std::vector<float> similarity = {};  // [layers], not NaN; none: the same for every layer
+    Weights weights = Weights::bounded;
+    double alpha = 2;            // >= 0; 0: the same for every layer
+    double min_fraction = 0.25;  // in [0, 1]; of `bounded`
+
+    static constexpr auto fields() {
+        return std::tuple{Field{"weights", &BySimilarity::weights}, Field{"alpha", &BySimilarity::alpha},
+                          Field{"min_fraction", &BySimilarity::min_fraction}};
+    }
+    /// @throws config_error
+    void layer_sizes(std::size_t mean, std::size_t /*prompt*/, Protected protect,
+                     std::span<std::size_t> out) const {
+        check(out.size());
+        std::vector<std::size_t> sizes(out.size(), mean);
+        if (!similarity.empty() && alpha > 0) {
+            if (weights == Weights::repo)
+                divide_as_published(mean, sizes);
+            else
+                divide(mean, sizes);
+        }
+        const std::size_t least = *std::min_element(sizes.begin(), sizes.end());
+        detail::check<error::config_error>(
+            protect.sinks + protect.recent <= least, name, "rows of the smallest layer", least,
+            detail::text("at least the ", protect.sinks + protect.recent, " protected rows"));
+        std::copy(sizes.begin(), sizes.end(), out.begin());
+    }
+
+  private:
+    void check(std::size_t layers) const {
+        using error::config_error;
+        if (!similarity.empty())
+            detail::check<config_error>(similarity.size() == layers, name, "number of layers",
+                                        similarity.size(), layers);
+        for (const float& one : similarity)
+            detail::check<config_error>(is_finite(one), name, "similarity", one, "a finite number");
+        const float shape = static_cast<float>(alpha), least = static_cast<float>(min_fraction);
+        detail::check<config_error>(is_finite(shape) && shape >= 0, name, "alpha", alpha,
+                                    "a finite number, not negative");
+        detail::check<config_error>(is_finite(least) && least >= 0 && least <= 1, name, "min_fraction",
+                                    min_fraction, "in [0, 1]");
+    }
+    /// `paper`; with a lowest size, `bounded`: layers whose share falls below it are set to it, and the
+    /// others share what is left, until none falls below.
+    void divide(std::size_t mean, std::span<std::size_t> out) const {
+        const std::size_t layers = out.size(), total = mean * layers;
+        const double low = weights == Weights::paper
+                               ? 0.0
+                               : std::max(1.0, std::floor(min_fraction * static_cast<double>(mean)));
+        std::vector<double> weight(layers), share(layers);
+        for (std::size_t l = 0; l < layers; ++l)
+            weight[l] = std::max(0.0, 1.0 - static_cast<double>(similarity[l]));
+        if (const double largest = *std::max_element(weight.begin(), weight.end()); largest > 0)
+            for (double& one : weight) one = std::pow(one / largest, alpha);  // no alpha overflows
+        std::vector<bool> fixed(layers);
+        for (bool again = true; again;) {
+            again = false;
+            double sum = 0, rest = static_cast<double>(total);
+            std::size_t free = 0;
+            for (std::size_t l = 0; l < layers; ++l) {
+                rest -= fixed[l] ? low : 0.0;
+                sum += fixed[l] ? 0.0 : weight[l];
+                free += fixed[l] ? 0 : 1;
+            }
+            for (std::size_t l = 0; l < layers; ++l) {
+                share[l] = low;
+                if (!fixed[l]) share[l] = sum > 0 ? rest * weight[l] / sum : rest / static_cast<double>(free);
+            }
+            for (std::size_t l = 0; l < layers; ++l) {
+                if (fixed[l] || share[l] >= low) continue;
+                fixed[l] = again = true;
+                share[l] = low;
+            }
+        }
+        detail::round_shares(share, total, out);
+    }
+    void divide_as_published(std::size_t mean, std::span<std::size_t> out) const {
+        const auto [low, high] = std::minmax_element(similarity.begin(), similarity.end());
+        const double least = static_cast<double>(*low), width = static_cast<double>(*high) - least;
+        if (!(width > 0)) return;
+        double sum = 0;
+        std::vector<double> weight;
+        for (const float one : similarity)
+            sum += weight.emplace_back(std::pow(1.0 - (static_cast<double>(one) - least) / width, alpha));
+        const double total = static_cast<double>(mean * out.size());
+        for (std::size_t l = 0; l < out.size(); ++l)
+            out[l] = std::max({static_cast<std::size_t>(total * weight[l] / sum), mean / 4, std::size_t{1}});
+    }
+};
+static_assert(BudgetRule<BySimilarity> && !ReadsPrompt<BySimilarity>);
 
 }  // namespace kvcull::inline KVCULL_ABI

@@ -1,0 +1,335 @@
+#pragma once
+/// A cache as bytes: a safetensors file of rows, positions, lengths and per-row state, with a checksum.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "../base/error.hpp"
+#include "../base/safetensors.hpp"
+#include "../score/state.hpp"
+#include "kv_cache.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+namespace detail {
+
+template <class State>
+inline constexpr std::size_t array_bytes = 0;
+template <class State>
+requires(std::tuple_size_v<decltype(std::declval<State&>().arrays())> >
+         0) inline constexpr std::size_t array_bytes<State> = []<class... Arrays>(std::tuple<Arrays&...>*) {
+    return (sizeof(Arrays) + ...);
+}(static_cast<decltype(std::declval<State&>().arrays())*>(nullptr));
+
+/// Every word goes in by steps that can be undone, so a change within 8 aligned bytes never goes unseen.
+class Checksum {
+  public:
+    void add(std::span<const std::byte> bytes) noexcept {
+        add(bytes.size());
+        for (std::size_t at = 0; at < bytes.size(); at += sizeof(std::uint64_t)) {
+            std::uint64_t word = 0;
+            std::memcpy(&word, bytes.data() + at, std::min(sizeof word, bytes.size() - at));
+            add(word);
+        }
+    }
+    void add(std::string_view text) noexcept { add(std::as_bytes(std::span(text))); }
+    void add(std::uint64_t word) noexcept {
+        state_ = (state_ ^ word) * 0x9E3779B97F4A7C15U;
+        state_ ^= state_ >> 29U;
+    }
+    [[nodiscard]] std::uint64_t value() const noexcept { return state_; }
+
+  private:
+    std::uint64_t state_ = 0;
+};
+
+/// Of all that the bytes of a cache say, in whatever order the tensors lie.
+[[nodiscard]] inline std::string checksum(const SafeTensors::Metadata& metadata,
+                                          std::span<const Tensor> tensors) {
+    Checksum words;
+    for (const auto& [key, value] : metadata)
+        if (key != "checksum") {
+            words.add(key);
+            words.add(value);
+        }
+    std::uint64_t sum = words.value();
+    for (const Tensor& tensor : tensors) {
+        Checksum own;
+        own.add(tensor.name);
+        own.add(name_of(tensor.dtype));
+        for (const std::size_t size : tensor.shape) own.add(size);
+        own.add(tensor.bytes);
+        sum += own.value();
+    }
+    return std::to_string(sum);
+}
+
+[[nodiscard]] constexpr ElementType element_type(DType type) noexcept {
+    return type == DType::f32 ? ElementType::f32 : type == DType::f16 ? ElementType::f16 : ElementType::bf16;
+}
+[[nodiscard]] inline SafeTensors::Metadata describe(const CacheShape& shape, std::string_view policy) {
+    return {{"format", "kvcull cache"},
+            {"version", "1"},
+            {"policy", std::string(policy)},
+            {"layers", std::to_string(shape.layers)},
+            {"q_heads", std::to_string(shape.q_heads)},
+            {"kv_heads", std::to_string(shape.kv_heads)},
+            {"head_dim", std::to_string(shape.head_dim)},
+            {"value_dim", std::to_string(shape.values())},
+            {"dtype", std::string(name_of(shape.dtype))}};
+}
+
+[[nodiscard]] inline std::string layer_name(std::size_t layer, std::string_view part) {
+    return "layer." + std::to_string(layer) + "." + std::string(part);
+}
+
+/// Per-row state of one head as numbers [rows * width] and back; planes lie one after the other.
+template <class T>
+[[nodiscard]] std::vector<T> numbers_of(const RowArray<T>& array) {
+    return {array.values().begin(), array.values().end()};
+}
+template <class T>
+[[nodiscard]] std::vector<T> numbers_of(const RowPlanes<T>& planes) {
+    return planes.values();
+}
+template <class T>
+void set_numbers(RowArray<T>& array, std::size_t rows, const std::vector<T>& numbers) {
+    if (rows > 0) array = RowArray<T>(numbers.size() / rows);
+    array.resize(rows);
+    std::copy(numbers.begin(), numbers.end(), array.values().begin());
+}
+template <class T>
+void set_numbers(RowPlanes<T>& planes, std::size_t rows, const std::vector<T>& numbers) {
+    if (rows == 0) return;
+    planes.set_planes(numbers.size() / rows, rows);
+    for (std::size_t at = 0; at < numbers.size(); ++at) planes[at / rows][at % rows] = numbers[at];
+}
+
+/// Tensors with the bytes that they show.
+class TensorList {
+  public:
+    explicit TensorList(std::span<const Tensor> others) : tensors_(others.begin(), others.end()) {}
+
+    void add(std::string name, ElementType type, std::vector<std::size_t> shape,
+             std::vector<std::byte> bytes) {
+        bytes_.push_back(std::move(bytes));  // moving a vector of bytes moves none of them
+        tensors_.push_back({std::move(name), type, std::move(shape), bytes_.back()});
+    }
+    template <class T>
+    void add(std::string name, const std::vector<T>& numbers) {
+        const auto bytes = std::as_bytes(std::span(numbers));
+        add(std::move(name), element_type_of<T>(), {numbers.size()}, {bytes.begin(), bytes.end()});
+    }
+    template <class Count>
+    void add_counts(std::string name, const std::vector<Count>& counts) {
+        add(std::move(name), std::vector<std::int64_t>(counts.begin(), counts.end()));
+    }
+    [[nodiscard]] std::span<const Tensor> all() const noexcept { return tensors_; }
+
+  private:
+    std::vector<Tensor> tensors_;
+    std::vector<std::vector<std::byte>> bytes_;
+};
+
+/// The tensors of saved bytes, each of the type and size that the cache wants.
+class SavedTensors {
+  public:
+    explicit SavedTensors(const SafeTensors& file) : file_(file) {}
+
+    template <class T>
+    [[nodiscard]] std::vector<T> numbers(const std::string& name) const {
+        return file_.tensor(name).to_vector<T>();
+    }
+    template <class T>
+    [[nodiscard]] std::vector<T> numbers(const std::string& name, std::size_t count) const {
+        check<error::format_error>(file_.tensor(name).size() == count, "load", text("size of '", name, "'"),
+                                   file_.tensor(name).size(), count);
+        return numbers<T>(name);
+    }
+    template <class Count>
+    [[nodiscard]] std::vector<Count> counts(const std::string& name, std::size_t count) const {
+        const auto numbers = this->numbers<std::int64_t>(name, count);
+        return {numbers.begin(), numbers.end()};
+    }
+    /// Rows of `dim` numbers of the cache's type.
+    [[nodiscard]] const std::byte* rows(const std::string& name, DType dtype, std::size_t rows,
+                                        std::size_t dim) const {
+        const Tensor& tensor = file_.tensor(name);
+        check<error::format_error>(tensor.dtype == element_type(dtype), "load", text("type of '", name, "'"),
+                                   name_of(tensor.dtype), name_of(dtype));
+        check<error::format_error>(tensor.size() == rows * dim, "load", text("size of '", name, "'"),
+                                   tensor.size(), rows * dim);
+        return tensor.bytes.data();
+    }
+
+  private:
+    const SafeTensors& file_;
+};
+
+}  // namespace detail
+
+/// States that are their arrays and nothing else: a cache that was loaded goes on exactly like the one that
+/// was saved. Of other states the arrays come back and the rest begins anew, as in a cache that has seen
+/// nothing: enough for answers with eviction on hold.
+template <Policy P>
+inline constexpr bool resumes = std::is_empty_v<typename P::State> ||
+                                sizeof(typename P::State) == detail::array_bytes<typename P::State>;
+
+/// The cache between two steps, as the bytes of a safetensors file: per layer `head_len` [kv_heads],
+/// `position` [sum], `k` [sum, head_dim], `v` [sum, value_dim] (rows in slot order, heads one after the
+/// other) and the policy's per-row arrays. Marks and pool are not part of it. `extra`: tensors of the
+/// caller's.
+/// @throws state_error inside a step; format_error if a name of `extra` is taken
+template <Policy P, BudgetRule Rule>
+requires(!SequenceState<P>) [[nodiscard]] std::vector<std::byte> save(const KVCache<P, Rule>& cache,
+                                                                      std::span<const Tensor> extra = {}) {
+    const Live<P>& live = cache.evictor().live();
+    const CacheShape& shape = cache.shape();
+    detail::check<error::state_error>(live.call_tokens == 0, "save", "call", "inside a step",
+                                      "after end_step");
+    detail::TensorList tensors(extra);
+    tensors.add_counts("live", std::vector{live.seen, static_cast<std::size_t>(live.next_position),
+                                           live.prompt_end, static_cast<std::size_t>(live.phase),
+                                           std::size_t{live.resolved}, std::size_t{live.hold}});
+    tensors.add_counts("sizes", live.sizes);
+    tensors.add_counts("since", live.since);
+    tensors.add_counts("decided", live.decided);
+    std::vector<position_t> pinned;
+    for (const PositionRange& range : live.pinned) pinned.insert(pinned.end(), {range.begin, range.end});
+    tensors.add("pinned", pinned);
+    for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+        std::vector<std::size_t> lengths;
+        std::vector<position_t> positions;
+        std::vector<std::byte> keys, values;
+        const auto add_rows = [](std::vector<std::byte>& all, const RowsView& rows) {
+            rows.for_each_run(0, rows.rows(), [&](const RowsView::Run& run) {
+                all.insert(all.end(), run.data, run.data + run.rows * rows.row_bytes());
+            });
+        };
+        for (std::size_t h = 0; h < shape.kv_heads; ++h) {
+            const HeadView head = cache.view(layer, h);
+            lengths.push_back(head.rows());
+            head.position.for_each_run([&](std::size_t, std::span<const position_t> run) {
+                positions.insert(positions.end(), run.begin(), run.end());
+            });
+            add_rows(keys, head.k);
+            add_rows(values, head.v);
+            std::size_t number = 0;
+            detail::for_each_array(const_cast<typename P::State&>(live.states[layer * shape.kv_heads + h]),
+                                   [&](const auto& array) {
+                                       tensors.add(
+                                           detail::layer_name(layer, "head." + std::to_string(h) + ".state." +
+                                                                         std::to_string(number++)),
+                                           detail::numbers_of(array));
+                                   });
+        }
+        const std::size_t rows = positions.size();
+        const ElementType type = detail::element_type(shape.dtype);
+        tensors.add_counts(detail::layer_name(layer, "head_len"), lengths);
+        tensors.add(detail::layer_name(layer, "position"), positions);
+        tensors.add(detail::layer_name(layer, "k"), type, {rows, shape.head_dim}, std::move(keys));
+        tensors.add(detail::layer_name(layer, "v"), type, {rows, shape.values()}, std::move(values));
+    }
+    SafeTensors::Metadata metadata = detail::describe(shape, P::name);
+    metadata["checksum"] = detail::checksum(metadata, tensors.all());
+    return SafeTensors::serialize(metadata, tensors.all());
+}
+
+/// Saved bytes, checked: they are whole, and of a cache of this shape and policy.
+/// @throws format_error
+template <Policy P, BudgetRule Rule>
+[[nodiscard]] SafeTensors open_saved(const KVCache<P, Rule>& cache, std::span<const std::byte> bytes) {
+    SafeTensors file(bytes, "load");
+    const auto entry = [&](const std::string& key) {
+        const auto found = file.metadata().find(key);
+        return found == file.metadata().end() ? std::string("missing") : found->second;
+    };
+    for (const auto& [key, wanted] : detail::describe(cache.shape(), P::name))
+        detail::check<error::format_error>(entry(key) == wanted, "load", key, entry(key), wanted);
+    const std::string sum = detail::checksum(file.metadata(), file.tensors());
+    detail::check<error::format_error>(entry("checksum") == sum, "load", "checksum", entry("checksum"), sum);
+    return file;
+}
+
+/// Makes `cache` what was saved, bit for bit; budget sizes per head come along. What it held goes.
+/// @throws format_error for bytes that are cut, altered or of another cache; capacity_error. The cache is
+/// then as it was.
+template <Policy P, BudgetRule Rule>
+requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, std::span<const std::byte> bytes) {
+    using error::format_error;
+    const SafeTensors file = open_saved(cache, bytes);
+    const detail::SavedTensors saved(file);
+    const CacheShape& shape = cache.shape();
+    Live<P> live(shape);
+    const auto numbers = saved.counts<std::size_t>("live", 6);
+    live.seen = numbers[0];
+    live.next_position = live.call_next = static_cast<position_t>(numbers[1]);
+    live.prompt_end = numbers[2];
+    detail::check<format_error>(live.next_position >= 0 && numbers[3] <= 1, "load", "phase", numbers[3],
+                                "0 or 1");
+    live.phase = static_cast<Phase>(numbers[3]);
+    live.resolved = numbers[4] != 0;
+    live.hold = numbers[5] != 0;
+    live.sizes = saved.counts<std::size_t>("sizes", shape.heads());
+    live.since = saved.counts<std::size_t>("since", shape.layers);
+    live.decided = saved.counts<std::uint8_t>("decided", shape.layers);
+    const auto pinned = saved.numbers<position_t>("pinned");
+    for (std::size_t i = 0; i + 1 < pinned.size(); i += 2) live.pinned.push_back({pinned[i], pinned[i + 1]});
+
+    std::vector<std::vector<position_t>> positions(shape.layers);
+    std::vector<HeadView> views;
+    for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+        const auto lengths = saved.counts<std::size_t>(detail::layer_name(layer, "head_len"), shape.kv_heads);
+        positions[layer] = saved.numbers<position_t>(detail::layer_name(layer, "position"));
+        const std::size_t total = positions[layer].size();
+        const std::byte* k = saved.rows(detail::layer_name(layer, "k"), shape.dtype, total, shape.head_dim);
+        const std::byte* v = saved.rows(detail::layer_name(layer, "v"), shape.dtype, total, shape.values());
+        std::size_t first = 0;
+        for (std::size_t h = 0; h < shape.kv_heads; ++h) {
+            const std::size_t rows = lengths[h];
+            detail::check<format_error>(rows <= total - first, "load", detail::text("rows of head ", h), rows,
+                                        detail::text("at most the ", total - first, " left of ", total));
+            const std::span<const position_t> own = std::span(positions[layer]).subspan(first, rows);
+            std::vector<position_t> sorted(own.begin(), own.end());
+            std::sort(sorted.begin(), sorted.end());
+            detail::check<format_error>(
+                rows == 0 || (sorted.front() >= 0 && sorted.back() < live.next_position &&
+                              std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end()),
+                "load", detail::text("positions of head ", h), "out of range or repeated",
+                detail::text("each once, below ", live.next_position));
+            const std::size_t size = size_of(shape.dtype);
+            views.push_back(
+                {{k + first * shape.head_dim * size, shape.dtype, rows, shape.head_dim, shape.head_dim},
+                 {v + first * shape.values() * size, shape.dtype, rows, shape.values(), shape.values()},
+                 own});
+            const std::size_t index = layer * shape.kv_heads + h;
+            live.rows[index] = rows;
+            std::size_t number = 0;
+            detail::for_each_array(live.states[index], [&]<class Array>(Array& array) {
+                using T = typename decltype(detail::numbers_of(array))::value_type;
+                const std::string name = detail::layer_name(
+                    layer, "head." + std::to_string(h) + ".state." + std::to_string(number++));
+                const auto values = saved.numbers<T>(name);
+                detail::check<format_error>(rows == 0 ? values.empty() : values.size() % rows == 0, "load",
+                                            detail::text("size of '", name, "'"), values.size(),
+                                            detail::text("a multiple of ", rows));
+                detail::set_numbers(array, rows, values);
+            });
+            first += rows;
+        }
+        detail::check<format_error>(first == total, "load", detail::text("rows of layer ", layer), first,
+                                    total);
+    }
+    cache.restore(std::move(live), {views, shape.kv_heads});
+}
+
+}  // namespace kvcull::inline KVCULL_ABI
