@@ -5,6 +5,7 @@
 #include "attention/rope.hpp"
 #include "base/safetensors.hpp"
 #include "cache/block_prefill.hpp"
+#include "cache/episodes.hpp"
 #include "cache/evictor.hpp"
 #include "cache/kv_cache.hpp"
 #include "cache/lookahead.hpp"

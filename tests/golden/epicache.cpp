@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "kinds.hpp"
-#include "kvcull/cache/block_prefill.hpp"
+#include "kvcull/cache/episodes.hpp"
 #include "kvcull/policies.hpp"
 #include "kvcull/select/cluster.hpp"
 #include "kvcull/select/layer_profile.hpp"
@@ -150,7 +150,77 @@ struct Rows {
     }
 };
 
+/// A model of one layer and head whose rows are zeros: where only their number counts.
+struct Counter {
+    static constexpr CacheShape shape{.layers = 1, .q_heads = 1, .kv_heads = 1, .head_dim = 1};
+
+    template <class Cache>
+    void forward(Cache& cache, std::span<const std::int32_t> tokens) {
+        std::vector<float> zeros(tokens.size()), out(tokens.size());
+        const auto rows = head_major<const float>(zeros.data(), 1, tokens.size(), 1);
+        cache.append(0, rows, rows);
+        cache.attend(0, rows, head_major(out.data(), 1, tokens.size(), 1));
+        cache.end_step();
+    }
+    template <class Cache>
+    void probe(Cache& cache, std::span<const std::int32_t> tokens) {
+        const std::vector<float> zeros(tokens.size());
+        epicache::probe(cache, 0, head_major(zeros.data(), 1, tokens.size(), 1));
+    }
+};
+
 }  // namespace
+
+void check_route(GoldenFile& file) {
+    const auto centroid = file.array<float>("in.centroid", 2), query = file.array<float>("in.query", 2),
+               embedding = file.array<float>("in.turn_embedding", 2);
+    const auto members = file.array<std::int64_t>("in.members", 1),
+               length = file.array<std::int64_t>("in.length", 1),
+               turn_tokens = file.array<std::int64_t>("in.turn_tokens", 1);
+    const std::size_t episodes = centroid.dim(0), dim = centroid.dim(1), turns = query.dim(0);
+    const std::size_t budget = file.count("budget"), block = file.count("block");
+    const auto make = [&] { return KVCache(Counter::shape, EpiCache{}, Budget{.tokens = budget}); };
+    Counter model;
+    MemoryBytes store;
+    for (std::size_t e = 0; e < episodes; ++e) {
+        auto cache = make();
+        model.forward(cache, std::vector<std::int32_t>(static_cast<std::size_t>(length.values[e])));
+        const auto mean = matrix(centroid)[e];
+        const std::vector<double> wide(mean.begin(), mean.end());
+        const Tensor extra[] = {Tensor::of("episode.centroid", {dim}, std::span(wide)),
+                                Tensor::of("episode.count", {1}, std::span(members.values).subspan(e, 1)),
+                                Tensor::of("episode.members", {0}, std::span<const std::int64_t>()),
+                                Tensor::of("episode.turns", {0}, std::span<const std::int32_t>())};
+        store.put(e, save(cache, extra));
+    }
+    Episodes conversation(make, model, store, {.block = block, .tau = file.real("tau")});
+    conversation.reopen(std::vector<std::int32_t>(budget), {}, episodes);
+
+    std::vector<std::int64_t> episode, action, written_back, refresh, rows;
+    std::vector<double> similarity;
+    for (std::size_t t = 0; t < turns; ++t) {
+        const auto turn = conversation.begin_turn(matrix(query)[t]);
+        const std::vector<std::int32_t> tokens(static_cast<std::size_t>(turn_tokens.values[t]));
+        if (!tokens.empty()) model.forward(conversation.cache(), tokens);
+        const auto own = matrix(embedding)[t];
+        const EpisodeSegment segment{{own.begin(), own.end()}, {0}};
+        refresh.push_back(conversation.end_turn(tokens, std::span(&segment, 1)) ? 1 : 0);
+        episode.push_back(static_cast<std::int64_t>(turn.episode));
+        similarity.push_back(turn.likeness);
+        action.push_back(static_cast<std::int64_t>(turn.action));
+        written_back.push_back(turn.written_back ? static_cast<std::int64_t>(*turn.written_back) : -1);
+        rows.push_back(static_cast<std::int64_t>(conversation.cache().rows(0, 0)));
+    }
+    file.expect("out.episode", {turns}, episode);
+    file.expect("out.similarity", {turns}, floats(similarity));
+    file.expect("out.action", {turns}, action);
+    file.expect("out.written_back", {turns}, written_back);
+    file.expect("out.refresh", {turns}, refresh);
+    file.expect("out.length", {turns}, rows);
+    std::vector<float> centroids;
+    for (std::size_t e = 0; e < conversation.size(); ++e) append(centroids, floats(conversation.centroid(e)));
+    file.expect("out.centroid", {conversation.size(), dim}, centroids);
+}
 
 void check_score(GoldenFile& file) {
     const auto q = file.array<float>("in.q", 3), k = file.array<float>("in.k", 2);

@@ -21,7 +21,7 @@ std::span<const Kind> known_kinds() {
         {"epicache", "prefill", epicache::check_prefill},
         {"epicache", "budget", epicache::check_budget},
         {"epicache", "cluster", epicache::check_cluster},
-        {"epicache", "route"},
+        {"epicache", "route", epicache::check_route},
         {"guard", "deterministic", guard::check_deterministic},
         {"guard", "guard", guard::check_guard},
         {"guard", "random", guard::check_random},

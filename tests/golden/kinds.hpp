@@ -38,6 +38,7 @@ void check_score(GoldenFile& file);
 void check_prefill(GoldenFile& file);
 void check_budget(GoldenFile& file);
 void check_cluster(GoldenFile& file);
+void check_route(GoldenFile& file);
 }  // namespace epicache
 namespace guard {
 void check_deterministic(GoldenFile& file);

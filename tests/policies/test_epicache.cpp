@@ -80,11 +80,14 @@ std::vector<double> reference(const std::vector<float>& q, std::size_t n) {
 }  // namespace
 
 TEST_CASE("EpiCache passes the battery of all policies: nothing but a probe evicts") {
-    policy_conformance(EpiCache{}, {.evictions = 0, .while_decoding = false, .chunks_do_not_matter = true});
+    policy_conformance(
+        EpiCache{},
+        {.evictions = 0, .when_probed = true, .while_decoding = false, .chunks_do_not_matter = true});
 }
 TEST_CASE("EpiCache with uniform heads and protected rows passes the battery too") {
-    policy_conformance(EpiCache{.heads = HeadBudget::uniform, .sinks = 1, .recent = 2},
-                       {.evictions = 0, .while_decoding = false, .chunks_do_not_matter = true});
+    policy_conformance(
+        EpiCache{.heads = HeadBudget::uniform, .sinks = 1, .recent = 2},
+        {.evictions = 0, .when_probed = true, .while_decoding = false, .chunks_do_not_matter = true});
 }
 
 TEST_CASE("the score is the largest weight over prompt rows and the group, over cached rows alone",

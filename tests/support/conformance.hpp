@@ -23,6 +23,8 @@ struct Promises {
     /// Fewest evictions of a head over a prompt in three calls and 40 decoded tokens. 0: it never evicts
     /// by itself.
     std::size_t evictions = 3;
+    /// It evicts when it is probed, which the battery does not do.
+    bool when_probed = false;
     /// A head holds min(n, budget) rows after every decoded token; if not, only after the prompt.
     bool while_decoding = true;
     /// A prompt in chunks ends like one in a single call.
@@ -211,7 +213,7 @@ void check_full_budget(const Setup<P>& with) {
 template <Policy P>
 void check_no_budget(const Setup<P>& with) {
     BlockPool pool;
-    if (with.evicts() || Lookahead<P>) {
+    if (with.evicts() || Lookahead<P> || with.promises.when_probed) {
         refuses<error::config_error>([&] { KVCache cache(with.shape, with.policy, Budget{}, pool); });
         refuses<error::config_error>([&] { Engine<P> engine(with.shape, with.policy, Budget{}); });
     } else {

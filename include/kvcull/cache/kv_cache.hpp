@@ -258,7 +258,8 @@ class KVCache {
     }
 
     /// Replaces the sequence: `rows`, which are not those of this cache, in their order and bit for bit, and
-    /// what `live` says of them. Blocks are used again; marks stay. For saved states.
+    /// what `live` says of them. Blocks are used again; marks of what was here are released. For saved
+    /// states.
     /// @throws shape_error, capacity_error; the cache is then as it was.
     void restore(Live<P> live, CacheView rows) {
         constexpr std::string_view where = "KVCache::restore";
@@ -290,6 +291,7 @@ class KVCache {
             for (auto& state : live.states) reserve_state(state, reserved_rows_);
             note_peak();
         });
+        marks_.clear();
         storage_.keep_freed(true);
         for (std::size_t i = 0; i < views_.size(); ++i) storage_.truncate(i, 0);
         for (std::size_t i = 0; i < views_.size(); ++i) storage_.append(i, rows.heads[i]);

@@ -264,9 +264,8 @@ template <Policy P, BudgetRule Rule>
 /// @throws format_error for bytes that are cut, altered or of another cache; capacity_error. The cache is
 /// then as it was.
 template <Policy P, BudgetRule Rule>
-requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, std::span<const std::byte> bytes) {
+requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
     using error::format_error;
-    const SafeTensors file = open_saved(cache, bytes);
     const detail::SavedTensors saved(file);
     const CacheShape& shape = cache.shape();
     Live<P> live(shape);
@@ -330,6 +329,11 @@ requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, std::span<const s
                                     total);
     }
     cache.restore(std::move(live), {views, shape.kv_heads});
+}
+/// The same from bytes. @throws format_error also if they are cut, altered or of another cache
+template <Policy P, BudgetRule Rule>
+requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, std::span<const std::byte> bytes) {
+    load(cache, open_saved(cache, bytes));
 }
 
 }  // namespace kvcull::inline KVCULL_ABI
