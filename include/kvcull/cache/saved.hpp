@@ -92,26 +92,8 @@ class Checksum {
     return "layer." + std::to_string(layer) + "." + std::string(part);
 }
 
-/// Per-row state of one head as numbers [rows * width] and back; planes lie one after the other.
-template <class T>
-[[nodiscard]] std::vector<T> numbers_of(const RowArray<T>& array) {
-    return {array.values().begin(), array.values().end()};
-}
-template <class T>
-[[nodiscard]] std::vector<T> numbers_of(const RowPlanes<T>& planes) {
-    return planes.values();
-}
-template <class T>
-void set_numbers(RowArray<T>& array, std::size_t rows, const std::vector<T>& numbers) {
-    if (rows > 0) array = RowArray<T>(numbers.size() / rows);
-    array.resize(rows);
-    std::copy(numbers.begin(), numbers.end(), array.values().begin());
-}
-template <class T>
-void set_numbers(RowPlanes<T>& planes, std::size_t rows, const std::vector<T>& numbers) {
-    if (rows == 0) return;
-    planes.set_planes(numbers.size() / rows, rows);
-    for (std::size_t at = 0; at < numbers.size(); ++at) planes[at / rows][at % rows] = numbers[at];
+[[nodiscard]] inline std::string state_name(std::size_t layer, std::size_t head, std::size_t array) {
+    return layer_name(layer, "head." + std::to_string(head) + ".state." + std::to_string(array));
 }
 
 /// Tensors with the bytes that they show.
@@ -177,12 +159,12 @@ class SavedTensors {
 
 }  // namespace detail
 
-/// States that are their arrays and nothing else: a cache that was loaded goes on exactly like the one that
-/// was saved. Of other states the arrays come back and the rest begins anew, as in a cache that has seen
-/// nothing: enough for answers with eviction on hold.
-template <Policy P>
-inline constexpr bool resumes = std::is_empty_v<typename P::State> ||
-                                sizeof(typename P::State) == detail::array_bytes<typename P::State>;
+/// Policies whose state is its per-row arrays and nothing else: all of it is saved, so a cache that was
+/// loaded goes on exactly like the one that was saved.
+template <class P>
+concept Savable =
+    Policy<P> && !SequenceState<P> && (std::is_empty_v<typename P::State> ||
+                                       sizeof(typename P::State) == detail::array_bytes<typename P::State>);
 
 /// The cache between two steps, as the bytes of a safetensors file: per layer `head_len` [kv_heads],
 /// `position` [sum], `k` [sum, head_dim], `v` [sum, value_dim] (rows in slot order, heads one after the
@@ -225,11 +207,10 @@ requires(!SequenceState<P>) [[nodiscard]] std::vector<std::byte> save(const KVCa
             add_rows(values, head.v);
             std::size_t number = 0;
             detail::for_each_array(const_cast<typename P::State&>(live.states[layer * shape.kv_heads + h]),
-                                   [&](const auto& array) {
+                                   [&]<class T>(const RowArray<T>& array) {
                                        tensors.add(
-                                           detail::layer_name(layer, "head." + std::to_string(h) + ".state." +
-                                                                         std::to_string(number++)),
-                                           detail::numbers_of(array));
+                                           detail::state_name(layer, h, number++),
+                                           std::vector<T>(array.values().begin(), array.values().end()));
                                    });
         }
         const std::size_t rows = positions.size();
@@ -313,15 +294,15 @@ requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, const SafeTensors
             const std::size_t index = layer * shape.kv_heads + h;
             live.rows[index] = rows;
             std::size_t number = 0;
-            detail::for_each_array(live.states[index], [&]<class Array>(Array& array) {
-                using T = typename decltype(detail::numbers_of(array))::value_type;
-                const std::string name = detail::layer_name(
-                    layer, "head." + std::to_string(h) + ".state." + std::to_string(number++));
+            detail::for_each_array(live.states[index], [&]<class T>(RowArray<T>& array) {
+                const std::string name = detail::state_name(layer, h, number++);
                 const auto values = saved.numbers<T>(name);
                 detail::check<format_error>(rows == 0 ? values.empty() : values.size() % rows == 0, "load",
                                             detail::text("size of '", name, "'"), values.size(),
                                             detail::text("a multiple of ", rows));
-                detail::set_numbers(array, rows, values);
+                if (rows > 0) array = RowArray<T>(values.size() / rows);
+                array.resize(rows);
+                std::copy(values.begin(), values.end(), array.values().begin());
             });
             first += rows;
         }
