@@ -20,6 +20,7 @@ void for_each_policy(const Visit& visit) {
     visit(KeyDiff{});
     visit(KeyNorm{});
     visit(TrimKV{});
+    visit(RKV{});
     visit(SnapKV{.decode_interval = 128});  // else it lets a decoding cache grow
 }
 

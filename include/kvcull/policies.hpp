@@ -8,6 +8,7 @@
 #include "policies/keydiff.hpp"
 #include "policies/laq.hpp"
 #include "policies/obcache.hpp"
+#include "policies/rkv.hpp"
 #include "policies/snapkv.hpp"
 #include "policies/streaming.hpp"
 #include "policies/trimkv.hpp"

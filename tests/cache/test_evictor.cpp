@@ -750,6 +750,7 @@ TEST_CASE("make_room keeps what the specification says, before the tokens come",
                                   .group = 2,
                                   .next_position = evictor.next_position(),
                                   .cached = view,
+                                  .scale = small.logit_scale(),
                                   .protect = {rule.sinks, rule.recent - std::min(rule.recent, coming)},
                                   .kernels = &simd::kernels()};
                     Scratch<float> workspace, wrapper_workspace;

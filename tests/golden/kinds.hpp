@@ -57,6 +57,10 @@ namespace obcache {
 void check_scores(GoldenFile& file);
 void check_decode(GoldenFile& file);
 }  // namespace obcache
+namespace rkv {
+void check_eviction(GoldenFile& file);
+void check_trace(GoldenFile& file);
+}  // namespace rkv
 namespace snapkv {
 void check_evict(GoldenFile& file);
 void check_decode(GoldenFile& file);

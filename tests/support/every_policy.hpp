@@ -30,6 +30,7 @@ void for_every_policy(Visit&& visit) {
     visit(Vatp{.sinks = 2, .window = 3});
     visit(SnapKV{.window = 4, .kernel = 3, .decode_interval = 3});
     visit(EpiCache{.sinks = 1});
+    visit(RKV{.window = 4, .interval = 3, .kernel = 3});
     visit(OBCache{.recent = 3});
     visit(OBCache{.kind = OBCache::Score::joint, .base = OBCache::Base::snapkv, .recent = 3, .lagged = true});
     visit(Caote{});

@@ -122,6 +122,7 @@ class Decision {
                              .prompt_end = prompt_end,
                              .layer = layer,
                              .seen = seen,
+                             .tokens = 1,
                              .since = since,
                              .rows = many,
                              .budget = 1},

@@ -281,13 +281,13 @@ class Evictor {
             detail::check_size(where, "inputs.hidden.rows", inputs.hidden.rows, live_.call_tokens);
         if (decides_at_end()) check_all(where, cached);
         if constexpr (SequenceState<P>) policy().end_step(live_.sequence, inputs);
-        live_.seen += live_.call_tokens;
+        const std::size_t tokens = std::exchange(live_.call_tokens, 0);
+        live_.seen += tokens;
         live_.next_position = live_.call_next;
-        live_.call_tokens = 0;
         std::fill(live_.stepped.begin(), live_.stepped.end(), std::uint8_t{0});
         std::fill(live_.admitted.begin(), live_.admitted.end(), std::uint8_t{0});
         plan_.clear();
-        if (decides_at_end()) decide_all(cached, live_.seen == live_.prompt_end);
+        if (decides_at_end()) decide_all(cached, live_.seen == live_.prompt_end, tokens);
         return plan_;
     }
 
@@ -307,7 +307,7 @@ class Evictor {
                      (ReadsPrompt<Rule> && live_.resolved && !decision_.may_fall_due(Phase::prompt, false))))
             decision_.resolve(live_, budget_tokens(decision_.budget, live_.seen), live_.seen);
         plan_.clear();
-        if (!Lookahead<P> && live_.seen > 0) decide_all(cached, true);
+        if (!Lookahead<P> && live_.seen > 0) decide_all(cached, true, 0);
         live_.phase = Phase::decode;
         live_.prompt_end = unlimited;
         std::fill(live_.since.begin(), live_.since.end(), std::size_t{0});
@@ -564,10 +564,13 @@ class Evictor {
     [[nodiscard]] Moment moment_after(std::size_t tokens) const {
         return {.phase = live_.phase,
                 .prompt_end = live_.seen + tokens == live_.prompt_end,
-                .seen = live_.seen + tokens};
+                .seen = live_.seen + tokens,
+                .tokens = tokens};
     }
-    void decide_all(CacheView cached, bool prompt_end) {
-        const Moment moment{.phase = live_.phase, .prompt_end = prompt_end, .seen = live_.seen};
+    /// `tokens`: of the call that ended.
+    void decide_all(CacheView cached, bool prompt_end, std::size_t tokens) {
+        const Moment moment{
+            .phase = live_.phase, .prompt_end = prompt_end, .seen = live_.seen, .tokens = tokens};
         decision_.for_each_span(
             [&](auto span) { decide(span, cached.heads.subspan(span.first, span.count), moment); });
         live_.commit(plan_);

@@ -32,6 +32,14 @@ class QueryRing {
     [[nodiscard]] std::span<const float> row(std::size_t i, std::size_t g) const noexcept {
         return std::span(rows_).subspan((slot(i) * group_ + g) * dim_, dim_);
     }
+    /// Head-major copy of `count` tokens from the `first` oldest on: out[group * count, dim].
+    void copy_to(std::size_t first, std::size_t count, float* out) const noexcept {
+        for (std::size_t g = 0; g < group_; ++g)
+            for (std::size_t i = first; i < first + count; ++i, out += dim_) {
+                const auto query = row(i, g);
+                std::copy(query.begin(), query.end(), out);
+            }
+    }
     /// Takes the tokens of a tile. Allocates at the first call only.
     void push(std::size_t capacity, const HeadStep& step) {
         if (rows_.empty()) {
@@ -188,12 +196,7 @@ struct SnapKV {
                           first = held - rows, dim = step.cached.k.dim();
         const std::size_t scratch = vote_scratch(step.n());
         float* const memory = step.workspace->get(scratch + step.group * rows * dim);
-        float* q = memory + scratch;
-        for (std::size_t g = 0; g < step.group; ++g)
-            for (std::size_t i = first; i < held; ++i) {
-                const auto row = state.queries.row(i, g);
-                q = std::copy(row.begin(), row.end(), q);
-            }
+        state.queries.copy_to(first, rows, memory + scratch);
         const auto end_of = [&](std::size_t i) {
             return rows_up_to(step.cached.position, state.queries.position(first + i));
         };

@@ -125,6 +125,7 @@ struct Moment {
     bool prompt_end = false;  // all rows of the prompt are in
     std::size_t layer = 0;    // 0 if the whole model decides together
     std::size_t seen = 0;     // tokens of the sequence, this call included
+    std::size_t tokens = 0;   // of this call; 0 if it brings none
     std::size_t since = 0;    // tokens decoded since the last eviction of this layer or the prompt's end
     std::size_t rows = 0, budget = 0;  // of the head, or their sums over what is ranked together
     std::size_t slack = 0;             // rows above the budget that the user lets be, summed likewise

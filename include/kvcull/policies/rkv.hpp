@@ -1,0 +1,136 @@
+#pragma once
+/// R-KV: what the newest tokens look at, less what is said elsewhere too.
+
+#include <tuple>
+
+#include "../score/concepts.hpp"
+#include "../score/pool.hpp"
+#include "../score/redundancy.hpp"
+#include "snapkv.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// R-KV (arXiv 2505.24133), for long generation: after every `interval` tokens, and at the end of a prompt,
+/// a head that holds more than its budget keeps the last `window` tokens and the best by sigma * importance -
+/// (1 - sigma) * redundancy, so it never exceeds budget + interval. State: the last `window` query rows of
+/// the group. Cost at an eviction: O(G w n d), and at most n^2 d / 2 multiply-adds for the redundancy;
+/// nothing else.
+struct RKV {
+    static constexpr std::string_view name = "rkv";
+    struct State {
+        QueryRing queries;
+
+        [[nodiscard]] static std::tuple<> arrays() noexcept { return {}; }
+    };
+
+    std::size_t window = 8;
+    std::size_t interval = 128;
+    std::size_t kernel = 7;
+    float sigma = 0.1F;          // importance against redundancy
+    float key_threshold = 0.5F;  // cosine above which keys are alike
+    Retain retain = Retain::last;
+
+    static constexpr auto fields() {
+        return std::tuple{Field{"window", &RKV::window},
+                          Field{"interval", &RKV::interval},
+                          Field{"kernel", &RKV::kernel},
+                          Field{"sigma", &RKV::sigma},
+                          Field{"key_threshold", &RKV::key_threshold},
+                          Field{"retain", &RKV::retain}};
+    }
+    void check(std::size_t budget) const {
+        using error::config_error;
+        detail::check_kernel("RKV", kernel);
+        detail::check<config_error>(window >= 1, "RKV", "window", window, "at least 1");
+        detail::check<config_error>(interval >= 1, "RKV", "interval", interval, "at least 1");
+        detail::check<config_error>(is_finite(sigma) && sigma >= 0.0F && sigma <= 1.0F, "RKV", "sigma", sigma,
+                                    "0 to 1");
+        detail::check<config_error>(
+            is_finite(key_threshold) && key_threshold >= -1.0F && key_threshold <= 1.0F, "RKV",
+            "key_threshold", key_threshold, "-1 to 1");
+        detail::check<config_error>(budget > window, "RKV", "budget", budget,
+                                    detail::text("more than window = ", window));
+    }
+    [[nodiscard]] constexpr Protected protect(std::size_t /*budget*/) const { return {0, window}; }
+    static constexpr bool ordered() { return true; }
+    [[nodiscard]] constexpr std::size_t workspace(std::size_t rows, std::size_t group,
+                                                  std::size_t dim) const {
+        return std::max(importance_scratch(rows) + group * window * dim,
+                        rows + redundancy_scratch(rows, dim));
+    }
+    /// A call of several decoded tokens may step over a multiple of `interval`.
+    [[nodiscard]] constexpr bool due(const Moment& moment) const {
+        if (moment.rows <= moment.budget) return false;
+        if (moment.phase == Phase::prompt) return moment.prompt_end;
+        return moment.phase == Phase::decode && interval > 0 && moment.seen % interval < moment.tokens;
+    }
+    [[nodiscard]] constexpr Needs needs(Phase phase) const {
+        return {.rows = phase == Phase::probe ? 0 : window};
+    }
+
+    void observe(State& state, const HeadStep& step) const {
+        if (step.tokens > 0) state.queries.push(window, step);
+    }
+    /// The window scores 1, above all others. A NaN or infinity among the keys or queries of a head makes all
+    /// its scores NaN, so that the newest rows stay.
+    void score(const State& state, const HeadStep& step, std::span<float> out) const {
+        const std::size_t candidates = out.size() - std::min(window, out.size());
+        const bool known = importance(state, step, out.first(candidates));
+        float* const memory =
+            step.workspace->get(out.size() + redundancy_scratch(out.size(), step.cached.k.dim()));
+        const std::span<float> repeated(memory, out.size());
+        redundancy(step, repeated, memory + out.size());
+        if (!known || (!out.empty() && is_nan(repeated[0])))
+            return std::fill(out.begin(), out.end(), quiet_nan());
+        for (std::size_t j = 0; j < candidates; ++j) out[j] = sigma * out[j] - (1.0F - sigma) * repeated[j];
+        std::fill(out.begin() + static_cast<std::ptrdiff_t>(candidates), out.end(), 1.0F);
+    }
+
+    /// Attention of the ring's tokens over the first c = out.size() rows alone, softmax of the largest logit
+    /// of the group; mean over the tokens, pooled over neighbours. @returns false if a query
+    /// or logit is not finite: all of it is NaN then.
+    [[nodiscard]] bool importance(const State& state, const HeadStep& step, std::span<float> out) const {
+        const std::size_t rows = state.queries.size_before(step.next_position), dim = step.cached.k.dim(),
+                          count = out.size(), scratch = importance_scratch(count);
+        float* const memory = step.workspace->get(scratch + step.group * rows * dim);
+        const float* const q = memory + scratch;
+        state.queries.copy_to(0, rows, memory + scratch);
+        std::fill(out.begin(), out.end(), 0.0F);
+        bool known = std::all_of(q, q + step.group * rows * dim, [](const float& x) { return is_finite(x); });
+        float *const largest = memory, *const logits = memory + vote_tile * count;
+        for (std::size_t first = 0; first < rows; first += vote_tile) {
+            const std::size_t tokens = std::min(vote_tile, rows - first);
+            for (std::size_t g = 0; g < step.group; ++g) {
+                detail::for_each_piece(
+                    step.cached.k, 0, count, [&](const RowsView::Run& piece, const std::byte* next) {
+                        detail::dots(*step.kernels, q + (g * rows + first) * dim, dim, tokens, step.cached.k,
+                                     piece, step.scale, (g == 0 ? largest : logits) + piece.first, count,
+                                     next);
+                    });
+                if (g > 0) step.kernels->maximum(largest, logits, tokens * count);
+            }
+            for (std::size_t i = 0; i < tokens; ++i) {
+                float lse = 0.0F;
+                step.kernels->softmax(largest + i * count, count, &lse);
+                known = known && !is_nan(lse);
+            }
+            step.kernels->add_rows(out.data(), largest, count, tokens, count);
+        }
+        for (float& x : out) x /= static_cast<float>(std::max<std::size_t>(rows, 1));
+        pool_scores(Pool::max, kernel, out, *step.workspace);
+        if (!known) std::fill(out.begin(), out.end(), quiet_nan());
+        return known;
+    }
+    /// How much each of the n rows repeats others; out[n], sums to 1, or all NaN.
+    void redundancy(const HeadStep& step, std::span<float> out, float* scratch) const {
+        kvcull::redundancy(*step.kernels, step.cached.k, key_threshold, retain, out, scratch);
+    }
+
+  private:
+    [[nodiscard]] static constexpr std::size_t importance_scratch(std::size_t rows) noexcept {
+        return 2 * vote_tile * rows;
+    }
+};
+static_assert(Policy<RKV> && Protects<RKV> && Triggered<RKV> && Ordered<RKV> && Checked<RKV>);
+
+}  // namespace kvcull::inline KVCULL_ABI
