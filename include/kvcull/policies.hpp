@@ -9,6 +9,7 @@
 #include "policies/laq.hpp"
 #include "policies/obcache.hpp"
 #include "policies/rkv.hpp"
+#include "policies/skipkv.hpp"
 #include "policies/snapkv.hpp"
 #include "policies/streaming.hpp"
 #include "policies/trimkv.hpp"

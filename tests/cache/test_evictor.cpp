@@ -500,7 +500,7 @@ TEST_CASE("an engine without outputs of ours gets the same plans", "[differentia
                          static_cast<position_t>(first));
                 b.apply(without.step(layer, b.layer(layer), stream.q(layer, first, count)));
             }
-            without.end_step();
+            b.apply(without.end_step(b.view()));
             for (std::size_t i = 0; i < 4; ++i)
                 REQUIRE(a.positions(i / 2, i % 2) == b.positions(i / 2, i % 2));
             for (std::size_t i = 0; i < 4; ++i) {
@@ -678,7 +678,7 @@ TEST_CASE("positions may have gaps and go beyond 32 bits", "[property]") {
                                             foreign_out.layer(layer)));
                 }
                 gaps.end_step();
-                evictor.end_step();
+                rows.apply(evictor.end_step(rows.view()));
                 REQUIRE(same_bits(out.values, feed(plain, stream, first, count)));
                 REQUIRE(same_bits(out.values, foreign_out.values));
                 first += count;
@@ -757,7 +757,10 @@ TEST_CASE("make_room keeps what the specification says, before the tokens come",
                     step.workspace = &workspace;
                     step.wrapper_workspace = &wrapper_workspace;
                     score[head].resize(view.rows());
-                    policy.score(evictor.state(layer, head), step, score[head]);
+                    if constexpr (SequenceState<P>)
+                        policy.score(evictor.state(layer, head), evictor.live().sequence, step, score[head]);
+                    else
+                        policy.score(evictor.state(layer, head), step, score[head]);
                 }
                 if (scope_of(policy) == Scope::layer_shared)
                     for (std::size_t j = 0; j < score[0].size(); ++j)

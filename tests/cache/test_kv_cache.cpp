@@ -235,7 +235,7 @@ TEST_CASE("after reserve, no decode step takes anything from the heap, nor more 
             });
         const std::array<float, 6> log_beta{-1.0F, -2.0F, -1.5F, -3.0F, -0.1F, -0.7F};
         // Some states take memory of a fixed size when they see the first token; any other begins cold.
-        constexpr bool warm = std::is_same_v<P, SnapKV> || std::is_same_v<P, RKV> ||
+        constexpr bool warm = std::is_same_v<P, SnapKV> || std::is_base_of_v<RKV, P> ||
                               std::is_same_v<P, CaoteLike<LastRowLike>> || ReadsKeys<P> || ReadsValues<P>;
         if (warm) feed(cache, stream, 0, 3);
         const bool full = std::is_same_v<P, Full>;
@@ -507,8 +507,10 @@ TEST_CASE("forks share the blocks of their prompt, and eviction in one never cha
             const std::vector<float> expected = feed(twin, stream, token, 1);
             REQUIRE(same_bits(feed(cache, stream, token, 1), expected));
             feed(fork, other, token, 1);  // goes another way
-            // Rows that must stay in order move along with their neighbours, so more blocks are copied.
-            if (token == 51) REQUIRE(pool.bytes() < (is_ordered(policy) ? 3 : 2) * bytes);
+            // Rows that must stay in order move along with their neighbours, so more blocks are copied; a
+            // step that may evict at its end copies them before its layers know what leaves.
+            const std::size_t most = decides_late<decltype(policy)> ? 4 : is_ordered(policy) ? 3 : 2;
+            if (token == 51) REQUIRE(pool.bytes() < most * bytes);
             if (token == 70) fork.make_room(10);
         }
         REQUIRE(Snapshot(cache).same_rows(Snapshot(twin)));

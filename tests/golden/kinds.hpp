@@ -61,6 +61,12 @@ namespace rkv {
 void check_eviction(GoldenFile& file);
 void check_trace(GoldenFile& file);
 }  // namespace rkv
+namespace skipkv {
+void check_eviction(GoldenFile& file);
+void check_trace(GoldenFile& file);
+void check_steering(GoldenFile& file);
+void check_batch(GoldenFile& file);
+}  // namespace skipkv
 namespace snapkv {
 void check_evict(GoldenFile& file);
 void check_decode(GoldenFile& file);

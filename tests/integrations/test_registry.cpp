@@ -11,6 +11,7 @@
 #include "kvcull/select/layer_rules.hpp"
 #include "support/catch.hpp"
 #include "support/failure.hpp"
+#include "support/reference.hpp"
 
 using namespace kvcull;
 
@@ -21,8 +22,8 @@ template <class P>
 P found(std::string_view text) {
     P result{};
     bool right = false;
-    with_policy<Full, Streaming, Random, H2O, Tova, KeyDiff, KeyNorm, Vatp, SnapKV, OBCache, Caote<>,
-                FastCaote<>>(text, [&](const auto& policy) {
+    with_policy<Full, Streaming, Random, H2O, Tova, KeyDiff, KeyNorm, Vatp, SnapKV, RKV, SkipKV<>, OBCache,
+                Caote<>, FastCaote<>>(text, [&](const auto& policy) {
         if constexpr (std::is_same_v<std::remove_cvref_t<decltype(policy)>, P>) {
             result = policy;
             right = true;
@@ -33,7 +34,8 @@ P found(std::string_view text) {
 }
 std::string refusal(std::string_view text) {
     try {
-        with_policy<Full, H2O, Tova, SnapKV, Caote<>>(text, [](const auto& /*policy*/) { FAIL("accepted"); });
+        with_policy<Full, H2O, Tova, SnapKV, SkipKV<>, Caote<>>(
+            text, [](const auto& /*policy*/) { FAIL("accepted"); });
     } catch (const error::config_error& error) {
         return error.what();
     }
@@ -78,6 +80,16 @@ TEST_CASE("every field of every policy can be set by name", "[contract]") {
     CHECK(found<Streaming>("streaming:sinks=8").sinks == 8);
     CHECK(found<Random>("random:seed=42").seed == 42);
     CHECK_FALSE(found<H2O>("h2o:by_queries=false").by_queries);
+    const RKV rkv = found<RKV>("rkv:window=4,interval=9,kernel=5,sigma=0.25,key_threshold=-0.5,retain=first");
+    CHECK((rkv.window == 4 && rkv.interval == 9 && rkv.kernel == 5 && rkv.retain == Retain::first));
+    CHECK((test::same_bits(rkv.sigma, 0.25F) && test::same_bits(rkv.key_threshold, -0.5F)));
+    const SkipKV<> skip = found<SkipKV<>>(
+        "skipkv:interval=9,delimiters=2+3,markers=6,tau=0.5,merge=false,min_sentence_tokens=3,"
+        "compare_interval=7,rescale=true");
+    CHECK((skip.interval == 9 && skip.compare_interval == 7 && skip.rescale));
+    CHECK((skip.sentences.delimiters.contains(3) && skip.sentences.markers.contains(6)));
+    CHECK((!skip.sentences.merge && skip.sentences.min_sentence_tokens == 3));
+    CHECK(test::same_bits(skip.sentences.tau, 0.5F));
     const OBCache obcache = found<OBCache>(
         "obcache:score=joint,base=tova,recent=3,sinks=4,window=1,kernel=5,pool=avg,decode_evict=false,"
         "norms=recomputed,lagged=true");
@@ -106,13 +118,14 @@ TEST_CASE("the parameters of a policy inside a policy are set by their own names
 }
 
 TEST_CASE("what is not known is refused with a list of what is", "[contract]") {
-    CHECK(mentions(refusal("laq"), {"laq", "full, h2o, tova, snapkv, caote"}));
+    CHECK(mentions(refusal("laq"), {"laq", "full, h2o, tova, snapkv, skipkv, caote"}));
     CHECK(mentions(refusal(""), {"one of full"}));
     CHECK(mentions(refusal("snapkv:windw=3"), {"windw", "window", "decode_interval"}));
     CHECK(mentions(refusal("snapkv:pool=median"), {"median", "none, max, avg"}));
     CHECK(mentions(refusal("snapkv:window=-3"), {"window", "-3"}));
     CHECK(mentions(refusal("snapkv:window=3x"), {"3x"}));
     CHECK(mentions(refusal("snapkv:window="), {"window"}));
+    CHECK(mentions(refusal("skipkv:delimiters=2;3"), {"delimiters", "2;3", "2+3+4"}));
     CHECK(mentions(refusal("snapkv:window"), {"key=value"}));
     CHECK(mentions(refusal("h2o:by_queries=maybe"), {"maybe", "true or false"}));
     CHECK(mentions(refusal("h2o:recent=99999999999999999999999"), {"recent"}));

@@ -219,8 +219,8 @@ TEST_CASE("parameters of R-KV that make no sense are refused", "[contract]") {
     CHECK(refused({.kernel = 4}) == "RKV: kernel is 4, want an odd number");
     CHECK(refused({.sigma = 1.5F}) == "RKV: sigma is 1.500000, want 0 to 1");
     CHECK(refused({.sigma = -0.5F}) == "RKV: sigma is -0.500000, want 0 to 1");
-    CHECK_FALSE(refused({.sigma = nan}).empty());
+    CHECK(refused({.sigma = nan}).starts_with("RKV: sigma is "));
     CHECK(refused({.key_threshold = 1.5F}) == "RKV: key_threshold is 1.500000, want -1 to 1");
-    CHECK_FALSE(refused({.key_threshold = nan}).empty());
+    CHECK(refused({.key_threshold = nan}).starts_with("RKV: key_threshold is "));
     CHECK(refused({.window = 8}, 8) == "RKV: budget is 8, want more than window = 8");
 }

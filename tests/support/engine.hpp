@@ -149,9 +149,9 @@ class Engine {
         const auto views = all();
         apply(evictor_.step(layer, CacheView{views, shape().kv_heads}.layer(layer), q, out));
     }
-    void end_step() {
+    void end_step(const StepInputs& inputs = {}) {
         const auto views = all();
-        apply(evictor_.end_step({views, shape().kv_heads}));
+        apply(evictor_.end_step({views, shape().kv_heads}, inputs));
     }
     void end_prompt() {
         const auto views = all();
@@ -191,7 +191,8 @@ class Engine {
 /// One call: `count` tokens through all layers. @returns the attention output `[layers, q_heads, count,
 /// value_dim]`.
 template <class Cache>
-std::vector<float> feed(Cache& cache, const Stream& stream, std::size_t first, std::size_t count) {
+std::vector<float> feed(Cache& cache, const Stream& stream, std::size_t first, std::size_t count,
+                        const StepInputs& end = {}) {
     const CacheShape& shape = stream.shape;
     const std::size_t layer_size = shape.q_heads * count * shape.values();
     std::vector<float> out(shape.layers * layer_size);
@@ -203,7 +204,7 @@ std::vector<float> feed(Cache& cache, const Stream& stream, std::size_t first, s
         cache.attend(layer, stream.queries(layer, first, count),
                      head_major(out.data() + layer * layer_size, shape.q_heads, count, shape.values()));
     }
-    cache.end_step();
+    cache.end_step(end);
     return out;
 }
 

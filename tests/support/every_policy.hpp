@@ -31,6 +31,7 @@ void for_every_policy(Visit&& visit) {
     visit(SnapKV{.window = 4, .kernel = 3, .decode_interval = 3});
     visit(EpiCache{.sinks = 1});
     visit(RKV{.window = 4, .interval = 3, .kernel = 3});
+    visit(SkipKV<>{{.window = 3, .interval = 3}, {.delimiters = {2}}});
     visit(OBCache{.recent = 3});
     visit(OBCache{.kind = OBCache::Score::joint, .base = OBCache::Base::snapkv, .recent = 3, .lagged = true});
     visit(Caote{});

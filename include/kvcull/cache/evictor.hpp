@@ -280,7 +280,7 @@ class Evictor {
         if (!inputs.hidden.empty())
             detail::check_size(where, "inputs.hidden.rows", inputs.hidden.rows, live_.call_tokens);
         if (decides_at_end()) check_all(where, cached);
-        if constexpr (SequenceState<P>) policy().end_step(live_.sequence, inputs);
+        if constexpr (SequenceState<P>) policy().end_step(live_.sequence, completed(inputs, cached));
         const std::size_t tokens = std::exchange(live_.call_tokens, 0);
         live_.seen += tokens;
         live_.next_position = live_.call_next;
@@ -308,6 +308,7 @@ class Evictor {
             decision_.resolve(live_, budget_tokens(decision_.budget, live_.seen), live_.seen);
         plan_.clear();
         if (!Lookahead<P> && live_.seen > 0) decide_all(cached, true, 0);
+        if constexpr (EndsPrompt<P>) policy().end_prompt(live_.sequence, completed({}, {}));
         live_.phase = Phase::decode;
         live_.prompt_end = unlimited;
         std::fill(live_.since.begin(), live_.since.end(), std::size_t{0});
@@ -566,6 +567,14 @@ class Evictor {
                 .prompt_end = live_.seen + tokens == live_.prompt_end,
                 .seen = live_.seen + tokens,
                 .tokens = tokens};
+    }
+    /// What the caller says of a step, and what it need not say.
+    [[nodiscard]] StepInputs completed(StepInputs inputs, CacheView cached) const {
+        inputs.phase = live_.phase;
+        inputs.seen = live_.seen;
+        if (!cached.heads.empty()) inputs.positions = cached.heads[0].position;
+        inputs.kernels = decision_.workers.kernels;
+        return inputs;
     }
     /// `tokens`: of the call that ended.
     void decide_all(CacheView cached, bool prompt_end, std::size_t tokens) {

@@ -46,6 +46,10 @@ template <class T>
         if (text == "true" || text == "1") return true;
         if (text == "false" || text == "0") return false;
         fail<error::config_error>(where, key, got, "true or false");
+    } else if constexpr (requires { T::parse(text).has_value(); }) {
+        auto value = T::parse(text);
+        check<error::config_error>(value.has_value(), where, key, got, "ids: 2+3+4");
+        return *std::move(value);
     } else if constexpr (NamedValues<T>) {
         const auto names = names_of(T{});
         std::string known;

@@ -17,6 +17,7 @@ namespace kvcull::inline KVCULL_ABI {
 /// nothing else.
 struct RKV {
     static constexpr std::string_view name = "rkv";
+    static constexpr bool bounded = true;  // scores lie within [-1, 1]
     struct State {
         QueryRing queries;
 

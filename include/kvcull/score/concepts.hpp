@@ -117,6 +117,18 @@ enum class Side : std::uint8_t { log_beta, attention_input };
 struct StepInputs {
     std::span<const std::int32_t> tokens = {};  // [c] token ids
     MatrixView<const float> hidden = {};        // [c, D] final hidden states, after the model's last norm
+
+    // What the evictor adds.
+    Phase phase = Phase::decode;
+    std::size_t seen = 0;          // tokens of the sequence before this call
+    PositionsView positions = {};  // of a head's rows, the call's at the end; empty: as counted by `seen`
+    const simd::Kernels* kernels = &simd::kernels();
+
+    /// Of token i of the c tokens.
+    [[nodiscard]] position_t position(std::size_t i) const noexcept {
+        return positions.size() < tokens.size() ? static_cast<position_t>(seen + i)
+                                                : positions[positions.size() - tokens.size() + i];
+    }
 };
 
 /// When a decision may be taken.
@@ -178,6 +190,12 @@ concept SequenceState = std::copyable<typename P::Sequence> &&
              const typename P::State& state, const HeadStep& step, std::span<float> out) {
     policy.end_step(sequence, StepInputs{});
     policy.score(state, now, step, out);
+};
+
+/// Takes notice of the end of a prompt, after the decision there.
+template <class P>
+concept EndsPrompt = requires(const P policy, typename P::Sequence sequence, const StepInputs& inputs) {
+    policy.end_prompt(sequence, inputs);
 };
 
 template <class P>

@@ -1,0 +1,219 @@
+#pragma once
+/// Sentences of a token stream: where they lie, what they are about, and which of them are said again later
+/// (SkipKV).
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../base/error.hpp"
+#include "concepts.hpp"
+#include "similarity.hpp"
+
+namespace kvcull::inline KVCULL_ABI {
+
+/// A set of token ids.
+class TokenSet {
+  public:
+    TokenSet() = default;
+    TokenSet(std::initializer_list<std::int32_t> ids) : TokenSet(std::vector(ids)) {}
+    explicit TokenSet(std::vector<std::int32_t> ids) : ids_(std::move(ids)) {
+        std::sort(ids_.begin(), ids_.end());
+        ids_.erase(std::unique(ids_.begin(), ids_.end()), ids_.end());
+    }
+    /// "2+3+4", or nothing if it is not of this form.
+    [[nodiscard]] static std::optional<TokenSet> parse(std::string_view text) {
+        std::vector<std::int32_t> ids;
+        while (!text.empty()) {
+            std::int32_t id = 0;
+            const auto [end, code] = std::from_chars(text.data(), text.data() + text.size(), id);
+            const auto used = static_cast<std::size_t>(end - text.data());
+            if (code != std::errc{} || (used < text.size() && text[used] != '+') || used + 1 == text.size())
+                return std::nullopt;
+            ids.push_back(id);
+            text.remove_prefix(std::min(used + 1, text.size()));
+        }
+        return TokenSet(std::move(ids));
+    }
+
+    [[nodiscard]] bool empty() const noexcept { return ids_.empty(); }
+    [[nodiscard]] bool contains(std::int32_t id) const noexcept {
+        return std::binary_search(ids_.begin(), ids_.end(), id);
+    }
+    [[nodiscard]] bool overlaps(const TokenSet& other) const noexcept {
+        return std::any_of(ids_.begin(), ids_.end(), [&](std::int32_t id) { return other.contains(id); });
+    }
+
+  private:
+    std::vector<std::int32_t> ids_;
+};
+
+/// How a stream falls into sentences, and when two of them are alike.
+struct SentenceRules {
+    TokenSet delimiters = {};             // end a sentence; none: there is never a whole one
+    TokenSet markers = {};                // "Wait": make a sentence a second thought
+    float tau = 0.95F;                    // cosine above which sentences are alike; from 1 on none are
+    bool merge = true;                    // delimiters right after a sentence belong to it
+    std::size_t min_sentence_tokens = 2;  // shorter ones are like no other
+
+    static constexpr auto fields() {
+        using R = SentenceRules;
+        return std::tuple{Field{"delimiters", &R::delimiters}, Field{"markers", &R::markers},
+                          Field{"tau", &R::tau}, Field{"merge", &R::merge},
+                          Field{"min_sentence_tokens", &R::min_sentence_tokens}};
+    }
+    void check(std::string_view where) const {
+        using error::config_error;
+        detail::check<config_error>(is_finite(tau) && tau >= 0.0F, where, "tau", tau,
+                                    "a finite number, not negative");
+        detail::check<config_error>(min_sentence_tokens >= 1, where, "min_sentence_tokens",
+                                    min_sentence_tokens, "at least 1");
+        detail::check<config_error>(!delimiters.overlaps(markers), where, "markers", "a delimiter too",
+                                    "tokens that end no sentence");
+    }
+};
+
+struct Sentence {
+    position_t begin = 0, end = 0;  // of its first and last token
+    std::size_t count = 0;          // tokens
+    float similarity = 0.0F;        // to the latest later sentence like it; 0: there is none
+    std::ptrdiff_t peer = -1;       // index of that one
+    bool non_execution = false;     // holds a marker
+    bool closed = false, scored = false;
+    bool known = true;      // the hidden states of all its tokens were given
+    bool embedded = false;  // scored, long enough and finite
+};
+
+/// The sentences of one sequence, in order; all layers and heads share them. Depends on tokens and hidden
+/// states alone. Memory: 4 D + 64 bytes per sentence, where D is the size of a hidden state.
+class SentenceTable {
+  public:
+    SentenceTable() = default;
+    /// Sentences found elsewhere, in order; they have no embeddings.
+    explicit SentenceTable(std::vector<Sentence> sentences) : sentences_(std::move(sentences)) {
+        find_redundant();
+    }
+
+    [[nodiscard]] std::span<const Sentence> sentences() const noexcept { return sentences_; }
+    /// [D] unit mean of the sentence's hidden states; zeros if it has no embedding.
+    [[nodiscard]] std::span<const float> embedding(std::size_t index) const noexcept {
+        return {vectors_.data() + index * dim_, dim_};
+    }
+    /// Closed sentences that hold a marker.
+    [[nodiscard]] std::size_t non_execution_count() const noexcept {
+        return static_cast<std::size_t>(
+            std::count_if(sentences_.begin(), sentences_.end(),
+                          [](const Sentence& one) { return one.closed && one.non_execution; }));
+    }
+    /// Whether any sentence is said again later.
+    [[nodiscard]] bool any_redundant() const noexcept { return redundant_; }
+    /// Similarity of the sentence around a position, 0 outside all.
+    [[nodiscard]] float similarity_at(position_t position) const noexcept {
+        const auto after =
+            std::upper_bound(sentences_.begin(), sentences_.end(), position,
+                             [](position_t at, const Sentence& one) { return at < one.begin; });
+        if (after == sentences_.begin()) return 0.0F;
+        const Sentence& one = *std::prev(after);
+        return position <= one.end ? one.similarity : 0.0F;
+    }
+
+    /// @throws shape_error if hidden states have another size than before.
+    void check_hidden(std::string_view where, const MatrixView<const float>& hidden) const {
+        if (dim_ != 0 && !hidden.empty()) detail::check_size(where, "inputs.hidden.cols", hidden.cols, dim_);
+    }
+    /// The next token. @param hidden  [D], or empty: its sentence will have no embedding. Cost: O(D).
+    /// A position that was there already takes back all from there on: sentences that begin later go, the
+    /// one around it opens again without an embedding.
+    void feed(const SentenceRules& rules, position_t position, std::int32_t token,
+              std::span<const float> hidden) {
+        if (!sentences_.empty() && position <= sentences_.back().end) drop_from(position);
+        const bool delimiter = rules.delimiters.contains(token);
+        const bool last_open = !sentences_.empty() && !sentences_.back().closed;
+        const bool extends = rules.merge && delimiter && !sentences_.empty() && !sentences_.back().scored;
+        if (dim_ == 0) dim_ = hidden.size();
+        if (!last_open && !extends) sentences_.push_back({.begin = position});
+        vectors_.resize(sentences_.size() * dim_);
+        Sentence& one = sentences_.back();
+        one.end = position;
+        ++one.count;
+        one.known = one.known && !hidden.empty();
+        one.non_execution = one.non_execution || rules.markers.contains(token);
+        one.closed = delimiter;
+        float* const sum = vectors_.data() + vectors_.size() - dim_;
+        for (std::size_t c = 0; c < hidden.size(); ++c) sum[c] += hidden[c];
+    }
+    /// Gives every closed sentence its embedding, and every sentence before it its similarity to it. Cost:
+    /// new sentences x all x D.
+    void score(const SentenceRules& rules, const simd::Kernels& kernels) {
+        for (std::size_t j = 0; j < sentences_.size(); ++j) {
+            if (sentences_[j].scored || !sentences_[j].closed) continue;
+            embed(rules, kernels, j);
+            if (sentences_[j].embedded && rules.tau < 1.0F) compare(rules, kernels, j);
+        }
+    }
+
+  private:
+    /// The sum of hidden states becomes a unit vector, or zeros.
+    void embed(const SentenceRules& rules, const simd::Kernels& kernels, std::size_t j) {
+        Sentence& one = sentences_[j];
+        one.scored = true;
+        const std::span<float> vector(vectors_.data() + j * dim_, dim_);
+        for (float& x : vector) x /= static_cast<float>(one.count);
+        one.embedded = one.known && one.count >= rules.min_sentence_tokens &&
+                       std::all_of(vector.begin(), vector.end(), [](const float& x) { return is_finite(x); });
+        const float scale = one.embedded ? 1.0F / (euclidean_norm(kernels, vector) + 1e-8F) : 0.0F;
+        for (float& x : vector) x = one.embedded ? x * scale : 0.0F;
+    }
+    void compare(const SentenceRules& rules, const simd::Kernels& kernels, std::size_t j) {
+        constexpr std::size_t tile = 64;
+        std::array<float, tile> cosines;
+        for (std::size_t first = 0; first < j; first += tile) {
+            const std::size_t count = std::min(tile, j - first);
+            kernels.dots_f32(vectors_.data() + j * dim_, dim_, 1, vectors_.data() + first * dim_, dim_, count,
+                             dim_, 1.0F, cosines.data(), tile);
+            for (std::size_t i = 0; i < count; ++i) {
+                const float similarity = std::min(1.0F, cosines[i]);
+                if (!(similarity > rules.tau)) continue;
+                sentences_[first + i].similarity = similarity;
+                sentences_[first + i].peer = static_cast<std::ptrdiff_t>(j);
+                redundant_ = true;
+            }
+        }
+    }
+    void drop_from(position_t position) {
+        while (!sentences_.empty() && sentences_.back().begin >= position) sentences_.pop_back();
+        vectors_.resize(sentences_.size() * dim_);
+        const auto left = static_cast<std::ptrdiff_t>(sentences_.size());
+        if (left > 0 && sentences_.back().end >= position) {
+            Sentence& cut = sentences_.back();
+            cut.closed = cut.scored = cut.known = cut.embedded = false;
+            cut.end = position - 1;
+        }
+        for (Sentence& one : sentences_)
+            if (one.peer >= left || (one.peer == left - 1 && !sentences_.back().embedded)) {
+                one.similarity = 0.0F;
+                one.peer = -1;
+            }
+        find_redundant();
+    }
+    void find_redundant() noexcept {
+        redundant_ = std::any_of(sentences_.begin(), sentences_.end(),
+                                 [](const Sentence& one) { return one.similarity > 0.0F; });
+    }
+
+    std::vector<Sentence> sentences_;
+    std::vector<float> vectors_;  // [sentences, D]: sums of hidden states, from scoring on embeddings
+    std::size_t dim_ = 0;
+    bool redundant_ = false;
+};
+
+}  // namespace kvcull::inline KVCULL_ABI
