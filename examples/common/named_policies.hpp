@@ -31,9 +31,9 @@ struct PolicyList {
 };
 
 /// To let your own policy be named by all programs here, add it.
-using NamedPolicies = PolicyList<kvcull::Full, kvcull::Streaming, kvcull::Random, kvcull::H2O, kvcull::Tova,
-                                 kvcull::KeyDiff, kvcull::KeyNorm, kvcull::Vatp, kvcull::SnapKV, kvcull::RKV,
-                                 kvcull::SkipKV<>, kvcull::Laq, kvcull::LaqPlus, kvcull::OBCache,
-                                 kvcull::Caote<>, kvcull::FastCaote<>, kvcull::TrimKV>;
+using NamedPolicies =
+    PolicyList<kvcull::Full, kvcull::Streaming, kvcull::Random, kvcull::H2O, kvcull::Tova, kvcull::KeyDiff,
+               kvcull::KeyNorm, kvcull::Vatp, kvcull::SnapKV, kvcull::RKV, kvcull::SkipKV<>, kvcull::Laq,
+               kvcull::LaqPlus, kvcull::OBCache, kvcull::Caote<>, kvcull::FastCaote<>, kvcull::TrimKV>;
 
 }  // namespace examples

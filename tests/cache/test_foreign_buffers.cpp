@@ -378,7 +378,8 @@ TEST_CASE("an engine that drops the same tokens everywhere reduces scores and co
         REQUIRE(keep[0].size() == budget);
         Plan plan;
         for (std::size_t i = 0; i < shape.heads(); ++i)
-            plan.add(i / shape.kv_heads, i % shape.kv_heads, naive.size(), keep[0], evictor.compaction(i / shape.kv_heads));
+            plan.add(i / shape.kv_heads, i % shape.kv_heads, naive.size(), keep[0],
+                     evictor.compaction(i / shape.kv_heads));
         engine.apply(plan);
         evictor.commit(plan);
 

@@ -77,6 +77,20 @@ class Decision {
                                    text("none: ", P::name, " reads plain logits"));
     }
 
+    /// The side values that the policy wants with `tokens` new tokens.
+    void check_side(std::string_view where, std::size_t tokens, const AppendInputs& inputs) const {
+        if constexpr (SideInput<P>) {
+            bool beta = static_cast<Side>(P::side) == Side::log_beta;
+            if constexpr (Gated<P>) beta = !policy.gated() || !inputs.log_beta.empty();
+            const MatrixView<const float>& given = beta ? inputs.log_beta : inputs.attention_input;
+            const std::string_view name = beta ? "log_beta" : "attention_input";
+            check<error::state_error>(!given.empty(), where, name, "missing",
+                                      text("given with the tokens: ", P::name, " needs it"));
+            check_size(where, text(name, ".rows"), given.rows, beta ? shape.kv_heads : tokens);
+            if (beta) check_size(where, text(name, ".cols"), given.cols, tokens);
+        }
+    }
+
     [[nodiscard]] Scope scope() const { return scope_of(policy); }
     [[nodiscard]] bool pools_model() const { return scope() == Scope::model_pooled; }
     [[nodiscard]] Span layer(std::size_t index) const noexcept {

@@ -187,17 +187,7 @@ class Evictor {
             detail::check<error::shape_error>(
                 tokens <= live_.prompt_end - live_.seen, where, "tokens", tokens,
                 detail::text("at most the ", live_.prompt_end - live_.seen, " left of the prompt's total"));
-        if constexpr (SideInput<P>) {
-            bool beta = static_cast<Side>(P::side) == Side::log_beta;
-            if constexpr (Gated<P>) beta = !policy().gated() || !inputs.log_beta.empty();
-            const MatrixView<const float>& given = beta ? inputs.log_beta : inputs.attention_input;
-            const std::string_view name = beta ? "log_beta" : "attention_input";
-            detail::check<error::state_error>(!given.empty(), where, name, "missing",
-                                              detail::text("given with the tokens: ", P::name, " needs it"));
-            detail::check_size(where, detail::text(name, ".rows"), given.rows,
-                               beta ? shape().kv_heads : tokens);
-            if (beta) detail::check_size(where, detail::text(name, ".cols"), given.cols, tokens);
-        }
+        decision_.check_side(where, tokens, inputs);
     }
 
     /// One layer's call: c query tokens over its cached rows, the newest c of which are their own.
@@ -486,8 +476,6 @@ class Evictor {
     [[nodiscard]] std::size_t flat(std::size_t layer, std::size_t head) const noexcept {
         return layer * shape().kv_heads + head;
     }
-    // --- checks
-    // ---------------------------------------------------------------------------------------------
     void check_layer(std::string_view where, std::size_t layer) const {
         detail::check<error::shape_error>(layer < shape().layers, where, "layer", layer,
                                           detail::text("below ", shape().layers));
@@ -521,8 +509,6 @@ class Evictor {
             check_cached(where, layer, cached.layer(layer), 0);
     }
 
-    // --- layers with a window
-    // -------------------------------------------------------------------------------
     [[nodiscard]] detail::TokenMask mask(std::size_t layer, bool causal) const noexcept {
         return {causal, shape().layer(layer).window};
     }
