@@ -76,6 +76,39 @@ TEST_CASE("a cache that was loaded holds the same and goes on the same, bit for 
     }
 }
 
+TEST_CASE("windows and latent values come back too", "[property]") {
+    CacheShape of{.layers = 3, .q_heads = 4, .kv_heads = 2, .head_dim = 12, .value_dim = 8};
+    of.latent = true;
+    of.traits = {{.window = 16}, {}, {.evicts = false}};
+    const Stream stream(of, 60, 9);
+    KVCache cache(of, H2O{}, Budget{.tokens = 10}), loaded(of, H2O{}, Budget{.tokens = 10});
+    const auto decode = [&](auto& into, std::size_t first, std::size_t end) {
+        std::vector<float> all;
+        for (std::size_t at = first; at < end; ++at)
+            for (std::size_t layer = 0; layer < of.layers; ++layer) {
+                std::vector<float> out(of.q_heads * of.values());
+                into.append(layer, stream.k(layer, at, 1), {});
+                into.attend(layer, stream.q(layer, at, 1),
+                            head_major(out.data(), of.q_heads, 1, of.values()));
+                all.insert(all.end(), out.begin(), out.end());
+                if (layer + 1 == of.layers) into.end_step();
+            }
+        return all;
+    };
+    decode(cache, 0, 40);
+    const std::vector<std::byte> bytes = save(cache);
+    load(loaded, bytes);
+    REQUIRE(same_bits(decode(loaded, 40, 60), decode(cache, 40, 60)));
+    REQUIRE(save(loaded) == save(cache));
+    CHECK(failure<error::shape_error>([&] { loaded.truncate(30); }).find("window of layer 0") !=
+          std::string::npos);
+
+    of.traits[0].window = 17;
+    KVCache other(of, H2O{}, Budget{.tokens = 10});
+    CHECK(failure<error::format_error>([&] { load(other, bytes); }) ==
+          "load: windows is 16 0 0, want 17 0 0");
+}
+
 TEST_CASE("an empty cache and one with empty heads come back too", "[property]") {
     BlockPool pool({.block_rows = 3});
     KVCache empty(shape, EpiCache{}, Budget{.tokens = 4}, pool);

@@ -77,6 +77,9 @@ class Checksum {
     return type == DType::f32 ? ElementType::f32 : type == DType::f16 ? ElementType::f16 : ElementType::bf16;
 }
 [[nodiscard]] inline SafeTensors::Metadata describe(const CacheShape& shape, std::string_view policy) {
+    std::string windows;
+    for (std::size_t layer = 0; layer < shape.layers; ++layer)
+        windows += (layer == 0 ? "" : " ") + std::to_string(shape.layer(layer).window);
     return {{"format", "kvcull cache"},
             {"version", "1"},
             {"policy", std::string(policy)},
@@ -85,6 +88,8 @@ class Checksum {
             {"kv_heads", std::to_string(shape.kv_heads)},
             {"head_dim", std::to_string(shape.head_dim)},
             {"value_dim", std::to_string(shape.values())},
+            {"latent", shape.latent ? "true" : "false"},
+            {"windows", windows},
             {"dtype", std::string(name_of(shape.dtype))}};
 }
 
@@ -167,13 +172,12 @@ concept Savable =
                                        sizeof(typename P::State) == detail::array_bytes<typename P::State>);
 
 /// The cache between two steps, as the bytes of a safetensors file: per layer `head_len` [kv_heads],
-/// `position` [sum], `k` [sum, head_dim], `v` [sum, value_dim] (rows in slot order, heads one after the
-/// other) and the policy's per-row arrays. Marks and pool are not part of it. `extra`: tensors of the
-/// caller's.
+/// `position` [sum], `k` [sum, head_dim], `v` [sum, value_dim] unless values are latent (rows in slot order,
+/// heads one after the other) and the policy's per-row arrays. Marks and pool are not part of it. `extra`:
+/// tensors of the caller's.
 /// @throws state_error inside a step; format_error if a name of `extra` is taken
-template <Policy P, BudgetRule Rule>
-requires(!SequenceState<P>) [[nodiscard]] std::vector<std::byte> save(const KVCache<P, Rule>& cache,
-                                                                      std::span<const Tensor> extra = {}) {
+template <Savable P, BudgetRule Rule>
+[[nodiscard]] std::vector<std::byte> save(const KVCache<P, Rule>& cache, std::span<const Tensor> extra = {}) {
     const Live<P>& live = cache.evictor().live();
     const CacheShape& shape = cache.shape();
     detail::check<error::state_error>(live.call_tokens == 0, "save", "call", "inside a step",
@@ -185,6 +189,7 @@ requires(!SequenceState<P>) [[nodiscard]] std::vector<std::byte> save(const KVCa
     tensors.add_counts("sizes", live.sizes);
     tensors.add_counts("since", live.since);
     tensors.add_counts("decided", live.decided);
+    tensors.add("gone", live.gone);
     std::vector<position_t> pinned;
     for (const PositionRange& range : live.pinned) pinned.insert(pinned.end(), {range.begin, range.end});
     tensors.add("pinned", pinned);
@@ -204,7 +209,7 @@ requires(!SequenceState<P>) [[nodiscard]] std::vector<std::byte> save(const KVCa
                 positions.insert(positions.end(), run.begin(), run.end());
             });
             add_rows(keys, head.k);
-            add_rows(values, head.v);
+            if (!shape.latent) add_rows(values, head.v);
             std::size_t number = 0;
             detail::for_each_array(const_cast<typename P::State&>(live.states[layer * shape.kv_heads + h]),
                                    [&]<class T>(const RowArray<T>& array) {
@@ -218,7 +223,8 @@ requires(!SequenceState<P>) [[nodiscard]] std::vector<std::byte> save(const KVCa
         tensors.add_counts(detail::layer_name(layer, "head_len"), lengths);
         tensors.add(detail::layer_name(layer, "position"), positions);
         tensors.add(detail::layer_name(layer, "k"), type, {rows, shape.head_dim}, std::move(keys));
-        tensors.add(detail::layer_name(layer, "v"), type, {rows, shape.values()}, std::move(values));
+        if (!shape.latent)
+            tensors.add(detail::layer_name(layer, "v"), type, {rows, shape.values()}, std::move(values));
     }
     SafeTensors::Metadata metadata = detail::describe(shape, P::name);
     metadata["checksum"] = detail::checksum(metadata, tensors.all());
@@ -244,8 +250,8 @@ template <Policy P, BudgetRule Rule>
 /// Makes `cache` what was saved, bit for bit; budget sizes per head come along. What it held goes.
 /// @throws format_error for bytes that are cut, altered or of another cache; capacity_error. The cache is
 /// then as it was.
-template <Policy P, BudgetRule Rule>
-requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
+template <Savable P, BudgetRule Rule>
+void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
     using error::format_error;
     const detail::SavedTensors saved(file);
     const CacheShape& shape = cache.shape();
@@ -262,6 +268,7 @@ requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, const SafeTensors
     live.sizes = saved.counts<std::size_t>("sizes", shape.heads());
     live.since = saved.counts<std::size_t>("since", shape.layers);
     live.decided = saved.counts<std::uint8_t>("decided", shape.layers);
+    live.gone = saved.numbers<position_t>("gone", shape.layers);
     const auto pinned = saved.numbers<position_t>("pinned");
     for (std::size_t i = 0; i + 1 < pinned.size(); i += 2) live.pinned.push_back({pinned[i], pinned[i + 1]});
 
@@ -272,7 +279,10 @@ requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, const SafeTensors
         positions[layer] = saved.numbers<position_t>(detail::layer_name(layer, "position"));
         const std::size_t total = positions[layer].size();
         const std::byte* k = saved.rows(detail::layer_name(layer, "k"), shape.dtype, total, shape.head_dim);
-        const std::byte* v = saved.rows(detail::layer_name(layer, "v"), shape.dtype, total, shape.values());
+        // Latent values are the front of their keys.
+        const std::byte* v =
+            shape.latent ? k : saved.rows(detail::layer_name(layer, "v"), shape.dtype, total, shape.values());
+        const std::size_t value_stride = shape.latent ? shape.head_dim : shape.values();
         std::size_t first = 0;
         for (std::size_t h = 0; h < shape.kv_heads; ++h) {
             const std::size_t rows = lengths[h];
@@ -286,10 +296,13 @@ requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, const SafeTensors
                               std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end()),
                 "load", detail::text("positions of head ", h), "out of range or repeated",
                 detail::text("each once, below ", live.next_position));
+            detail::check<format_error>(
+                shape.layer(layer).window == 0 || std::equal(own.begin(), own.end(), sorted.begin()), "load",
+                detail::text("positions of head ", h), "not ascending", "ascending in a layer with a window");
             const std::size_t size = size_of(shape.dtype);
             views.push_back(
                 {{k + first * shape.head_dim * size, shape.dtype, rows, shape.head_dim, shape.head_dim},
-                 {v + first * shape.values() * size, shape.dtype, rows, shape.values(), shape.values()},
+                 {v + first * value_stride * size, shape.dtype, rows, shape.values(), value_stride},
                  own});
             const std::size_t index = layer * shape.kv_heads + h;
             live.rows[index] = rows;
@@ -312,8 +325,8 @@ requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, const SafeTensors
     cache.restore(std::move(live), {views, shape.kv_heads});
 }
 /// The same from bytes. @throws format_error also if they are cut, altered or of another cache
-template <Policy P, BudgetRule Rule>
-requires(!SequenceState<P>) void load(KVCache<P, Rule>& cache, std::span<const std::byte> bytes) {
+template <Savable P, BudgetRule Rule>
+void load(KVCache<P, Rule>& cache, std::span<const std::byte> bytes) {
     load(cache, open_saved(cache, bytes));
 }
 
