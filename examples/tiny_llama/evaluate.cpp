@@ -5,12 +5,12 @@
 #include <chrono>
 #include <exception>
 #include <kvcull/cache/kv_cache.hpp>
-#include <kvcull/cache/lookahead.hpp>
 #include <mutex>
 #include <thread>
 
 #include "../common/named_policies.hpp"
 #include "../common/named_rules.hpp"
+#include "reader.hpp"
 
 namespace tiny_llama {
 namespace {
@@ -24,12 +24,6 @@ kvcull::CacheShape shape_of(const Llama& model) {
             .dtype = kvcull::DType::f32};
 }
 
-int argmax(const RowMajorMatrix& logits) {
-    Eigen::Index best = 0;
-    logits.row(logits.rows() - 1).maxCoeff(&best);
-    return static_cast<int>(best);
-}
-
 template <class Cache>
 std::vector<float> kept(const Cache& cache, std::size_t tokens) {
     std::vector<float> share(tokens);
@@ -39,42 +33,6 @@ std::vector<float> kept(const Cache& cache, std::size_t tokens) {
             for (const auto position : cache.positions(layer, head))
                 share[static_cast<std::size_t>(position)] += 1.0F / static_cast<float>(shape.heads());
     return share;
-}
-
-/// A model with the logits of its last call, and a count of the tokens it has read.
-struct Reader {
-    const Llama& model;
-    RowMajorMatrix logits = {};
-    std::size_t tokens = 0;
-
-    template <class Cache>
-    void read(std::span<const int> text, Cache& cache) {
-        model.forward(text, cache, logits);
-        tokens += text.size();
-    }
-};
-
-template <class Cache>
-void read_prompt(Reader& reader, std::span<const int> prompt, std::size_t chunk, Cache& cache) {
-    const std::size_t step = chunk == 0 ? prompt.size() : chunk;
-    cache.begin_prompt(prompt.size());
-    for (std::size_t i = 0; i < prompt.size(); i += step)
-        reader.read(prompt.subspan(i, std::min(step, prompt.size() - i)), cache);
-}
-
-/// Lets the model go on by itself for a few tokens, on a compressed copy of the cache: their queries decide
-/// what stays of the prompt, and nothing else of them does. @returns the bytes of both caches.
-template <class Policy, class Rule>
-std::size_t look_ahead(const Reader& prompt, kvcull::LookaheadCache<Policy, Rule>& cache) {
-    Reader reader = prompt;
-    auto ahead = cache.ahead();
-    for (std::size_t i = 0; i < cache.cache().policy().lookahead; ++i) {
-        const int token = argmax(reader.logits);
-        reader.read({&token, 1}, ahead);
-    }
-    const std::size_t bytes = cache.cache().bytes() + cache.fork().bytes();
-    cache.end_lookahead();
-    return bytes;
 }
 
 /// The stream and the questions, after the prompt.
@@ -140,21 +98,14 @@ void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens
 Outcome run_case(const Llama& model, const Setting& setting, const Case& example, std::size_t chunk,
                  kvcull::BlockPool& pool) {
     Outcome outcome;
-    examples::NamedPolicies::with(setting.policy, [&]<class Policy>(Policy policy) {
+    examples::NamedPolicies::with(setting.policy, [&](auto policy) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget, pool,
                               examples::NamedRule(setting.rule));
         Reader reader{model};
-        if constexpr (kvcull::Lookahead<Policy>) {
-            kvcull::LookaheadCache both(std::move(cache));
-            read_prompt(reader, example.prompt, chunk, both);
-            const std::size_t bytes = both.end_prefill() ? look_ahead(reader, both) : 0;
-            outcome = answer(reader, example, both.writable());
+        after_prompt(reader, example.prompt, chunk, std::move(cache), [&](auto& read, std::size_t bytes) {
+            outcome = answer(reader, example, read);
             outcome.peak_bytes = std::max(outcome.peak_bytes, bytes);
-        } else {
-            read_prompt(reader, example.prompt, chunk, cache);
-            cache.end_prompt();
-            outcome = answer(reader, example, cache);
-        }
+        });
     });
     return outcome;
 }

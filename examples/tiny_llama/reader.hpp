@@ -1,0 +1,71 @@
+#pragma once
+/// Reads prompts into caches, with the look-ahead of those policies that want one.
+
+#include <algorithm>
+#include <cstddef>
+#include <kvcull/cache/lookahead.hpp>
+#include <span>
+#include <utility>
+
+#include "llama.hpp"
+
+namespace tiny_llama {
+
+[[nodiscard]] inline int argmax(const RowMajorMatrix& logits) {
+    Eigen::Index best = 0;
+    logits.row(logits.rows() - 1).maxCoeff(&best);
+    return static_cast<int>(best);
+}
+
+/// A model with the logits of its last call, and a count of the tokens it has read.
+struct Reader {
+    const Llama& model;
+    RowMajorMatrix logits = {};
+    std::size_t tokens = 0;
+
+    template <class Cache>
+    void read(std::span<const int> text, Cache& cache) {
+        model.forward(text, cache, logits);
+        tokens += text.size();
+    }
+};
+
+/// Lets the model go on by itself for a few tokens, on a compressed copy of the cache: their queries decide
+/// what stays of the prompt, and nothing else of them does. @returns the bytes of both caches
+template <class Policy, class Rule>
+std::size_t look_ahead(const Reader& prompt, kvcull::LookaheadCache<Policy, Rule>& cache) {
+    Reader reader = prompt;
+    auto ahead = cache.ahead();
+    for (std::size_t i = 0; i < cache.cache().policy().lookahead; ++i) {
+        const int token = argmax(reader.logits);
+        reader.read({&token, 1}, ahead);
+    }
+    const std::size_t bytes = cache.cache().bytes() + cache.fork().bytes();
+    cache.end_lookahead();
+    return bytes;
+}
+
+/// Reads a prompt and calls `use(cache, bytes)` with the cache after it; bytes: the most that a look-ahead
+/// took, else 0. @param chunk  tokens of a call; 0: the whole prompt at once
+template <class Policy, class Rule, class Use>
+void after_prompt(Reader& reader, std::span<const int> prompt, std::size_t chunk,
+                  kvcull::KVCache<Policy, Rule> cache, const Use& use) {
+    const auto read = [&](auto& into) {
+        const std::size_t step = chunk == 0 ? prompt.size() : chunk;
+        into.begin_prompt(prompt.size());
+        for (std::size_t i = 0; i < prompt.size(); i += step)
+            reader.read(prompt.subspan(i, std::min(step, prompt.size() - i)), into);
+    };
+    if constexpr (kvcull::Lookahead<Policy>) {
+        kvcull::LookaheadCache both(std::move(cache));
+        read(both);
+        const std::size_t bytes = both.end_prefill() ? look_ahead(reader, both) : 0;
+        use(both.writable(), bytes);
+    } else {
+        read(cache);
+        cache.end_prompt();
+        use(cache, 0);
+    }
+}
+
+}  // namespace tiny_llama
