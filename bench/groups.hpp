@@ -8,5 +8,6 @@ void add_selection();  // select/..
 void add_policies();   // policy/..
 void add_cache();      // cache/..
 void add_paging();     // paging/..
+void add_lookahead();  // lookahead/..
 
 }  // namespace kvcull::bench
