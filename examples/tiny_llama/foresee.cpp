@@ -100,7 +100,7 @@ void run(const Options& options) {
     std::vector<Mean> goes_on(settings), asked(settings);
     for (const Task& task : read_tasks(options.tasks, options.model, model.config().vocabulary))
         for (std::size_t c = 0; c < std::min(options.cases, task.cases.size()); ++c)
-            for (const std::size_t quarters : {2, 3, 4}) {
+            for (std::size_t quarters = 2; quarters <= 4; ++quarters) {
                 const Case& one = task.cases[c];
                 const std::span<const int> prompt =
                     std::span(one.prompt).first(one.prompt.size() * quarters / 4);
