@@ -96,6 +96,7 @@ class Evictor {
         for (State& state : live_.states) shrink_state(state);
         decision_.trim();
         plan_ = {};
+        log_beta_ = {};
     }
 
     /// Keeps positions `begin .. end - 1` for good, before all else and within the budget.
