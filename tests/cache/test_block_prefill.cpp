@@ -132,6 +132,16 @@ TEST_CASE("blocks of one token, blocks beyond the history and blocks beyond the 
     }
 }
 
+TEST_CASE("a budget that is a ratio is one of the whole history", "[property]") {
+    TopicModel model;
+    const auto history = topic_history(100, 4, 10);
+    KVCache cache(model.shape, EpiCache{}, Budget{.ratio = 0.25});
+    FixedPrompt prompt{about(0, 3)};
+    block_prefill(cache, model, std::span<const std::int32_t>(history), 30, prompt);
+    CHECK(cache.rows(0, 0) + cache.rows(0, 1) == 50);
+    CHECK(model.probed == 4);
+}
+
 TEST_CASE("the methods that the paper compares run in the same loop", "[property]") {
     TopicModel model;
     const auto history = topic_history(100, 4, 10);
@@ -170,6 +180,9 @@ TEST_CASE("an empty prompt is refused before the first block if a layer must evi
     CHECK(cache.seen() == 0);
     CHECK(failure<error::config_error>([&] { attempt(20, 0); }) ==
           "block_prefill: block is 0, want at least 1");
+    cache.hold(true);
+    CHECK(failure<error::state_error>([&] { attempt(20, 5); }) == "block_prefill: hold is on, want off");
+    cache.hold(false);
     CHECK_NOTHROW(attempt(0, 5));
     CHECK_NOTHROW(attempt(20, 5));
     CHECK(cache.seen() == 20);

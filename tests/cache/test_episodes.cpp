@@ -443,6 +443,19 @@ TEST_CASE("a build that fails leaves no episodes and can be tried again", "[cont
     }
 }
 
+TEST_CASE("full caches never outgrow anything", "[property]") {
+    TopicModel model;
+    MemoryBytes store;
+    Episodes episodes([&] { return KVCache(model.shape, Full{}); }, model, store, settings());
+    const auto history = topic_history(60, topics, run);
+    episodes.build(history, segments_of(history));
+    episodes.begin_turn(embedding(1, 1));
+    const std::vector<std::int32_t> turn(100, topic_token(1, 5));
+    model.forward(episodes.cache(), turn);
+    CHECK(!episodes.end_turn(turn, {}));
+    CHECK(episodes.cache().rows(0, 0) == 160);
+}
+
 TEST_CASE("layers of different sizes, one of them without a row, work like others", "[property]") {
     TopicModel model;
     model.shape.layers = 3;

@@ -2,7 +2,6 @@
 /// A long history into a small cache: block by block, and after each block a prompt that asks what may go.
 
 #include <algorithm>
-#include <array>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -83,12 +82,14 @@ template <class Cache>
 /// at most M_l + block rows per head; the prompt's own keys are the model's and come on top. Policies that
 /// ask for no probe rows evict in the forward pass. What `model` throws leaves the cache with the blocks so
 /// far.
-/// @throws config_error if `block` is 0; state_error if the prompt is empty and a layer must evict
+/// @throws config_error if `block` is 0; state_error under `hold`, and if the prompt is empty and a layer
+/// must evict
 template <Policy P, BudgetRule Rule, CachedModel<KVCache<P, Rule>> Model, BlockPrompt Prompt>
 void block_prefill(KVCache<P, Rule>& cache, Model& model, std::span<const std::int32_t> history,
                    std::size_t block, Prompt& prompt) {
     constexpr std::string_view where = "block_prefill";
     detail::check<error::config_error>(block >= 1, where, "block", block, "at least 1");
+    detail::check<error::state_error>(!cache.evictor().live().hold, where, "hold", "on", "off");
     const bool probes = cache.policy().needs(Phase::probe).rows > 0;
     const auto check_prompt = [&](std::span<const std::int32_t> tokens) {
         detail::check<error::state_error>(!tokens.empty(), where, "prompt", "empty",
@@ -97,7 +98,7 @@ void block_prefill(KVCache<P, Rule>& cache, Model& model, std::span<const std::i
     if (probes && !history.empty() && detail::any_layer_over(cache, history.size()))
         check_prompt(prompt(history.first(std::min(block, history.size()))));
     if (history.empty()) return;
-    cache.begin_prompt();
+    cache.begin_prompt(history.size());
     for (std::size_t first = 0; first < history.size(); first += block) {
         const auto tokens = history.subspan(first, std::min(block, history.size() - first));
         model.forward(cache, tokens);

@@ -360,8 +360,10 @@ class Episodes {
         std::size_t rows = 0, most = 0;
         for (std::size_t layer = 0; layer < shape.layers; ++layer)
             for (std::size_t h = 0; h < shape.kv_heads; ++h) {
+                const std::size_t size = cache_->evictor().size(layer, h);
+                if (size == unlimited) return false;
                 rows += cache_->rows(layer, h);
-                most += cache_->evictor().size(layer, h) + settings_.block;
+                most += size + settings_.block;
             }
         return rows > most;
     }
