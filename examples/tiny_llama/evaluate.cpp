@@ -24,6 +24,20 @@ kvcull::CacheShape shape_of(const Llama& model) {
             .dtype = kvcull::DType::f32};
 }
 
+/// The policy of a command line. One that asks what ends a sentence, and was not told, learns the tiny
+/// world's `.` and `wait`.
+template <class Use>
+void with_policy(const std::string& text, const Use& use) {
+    examples::NamedPolicies::with(text, [&](auto policy) {
+        if constexpr (requires { policy.sentences.delimiters; })
+            if (policy.sentences.delimiters.empty()) {
+                policy.sentences.delimiters = {2};
+                policy.sentences.markers = {6};
+            }
+        use(std::move(policy));
+    });
+}
+
 template <class Cache>
 std::vector<float> kept(const Cache& cache, std::size_t tokens) {
     std::vector<float> share(tokens);
@@ -88,7 +102,7 @@ void parallel_for(std::size_t threads, std::size_t count, Body&& body) {
 }  // namespace
 
 void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens) {
-    examples::NamedPolicies::with(setting.policy, [&](auto policy) {
+    with_policy(setting.policy, [&](auto policy) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget,
                               examples::NamedRule(setting.rule));
         cache.begin_prompt(prompt_tokens);
@@ -98,7 +112,7 @@ void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens
 Outcome run_case(const Llama& model, const Setting& setting, const Case& example, std::size_t chunk,
                  kvcull::BlockPool& pool) {
     Outcome outcome;
-    examples::NamedPolicies::with(setting.policy, [&](auto policy) {
+    with_policy(setting.policy, [&](auto policy) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget, pool,
                               examples::NamedRule(setting.rule));
         Reader reader{model};

@@ -77,10 +77,8 @@ void Llama::finish(std::size_t layer, Activations& a) const {
     a.hidden.noalias() += a.product * w.down.transpose();
 }
 
-void Llama::head(std::size_t rows, Activations& a, RowMajorMatrix& logits) const {
-    const auto last = a.hidden.bottomRows(static_cast<Eigen::Index>(rows)).eval();
-    normalise(last, norm_, a.normed);
-    logits.noalias() = a.normed * head().transpose();
+void Llama::head(std::size_t rows, const Activations& a, RowMajorMatrix& logits) const {
+    logits.noalias() = a.normed.bottomRows(static_cast<Eigen::Index>(rows)) * head().transpose();
 }
 
 void Llama::normalise(const RowMajorMatrix& x, const RowVector& weight, RowMajorMatrix& out) const {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <filesystem>
 #include <kvcull/cache/shape.hpp>
+#include <kvcull/score/concepts.hpp>
 #include <kvcull/views.hpp>
 #include <span>
 #include <vector>
@@ -38,8 +39,9 @@ class Llama {
     }
 
     /// Appends `tokens` to the sequence in `cache`: a prompt, a chunk of one, or a single token.
-    /// @param cache   append(layer, k, v, inputs), attend(layer, q, out), end_step(), and seen() for the next
-    ///                position; kvcull::KVCache, or anything else with these members
+    /// @param cache   append(layer, k, v, inputs), attend(layer, q, out), end_step(inputs) with the tokens
+    /// and their final hidden states, and seen() for the next position; kvcull::KVCache, or anything else
+    /// with these members
     /// @param logits  [1 or tokens.size(), vocabulary], overwritten
     /// @throws std::invalid_argument for no tokens, std::out_of_range for one beyond the vocabulary; what the
     /// cache throws
@@ -61,7 +63,9 @@ class Llama {
             cache.attend(layer, heads(0, q_heads), kvcull::token_major(a.attended.data(), q_heads, n, d));
             finish(layer, a);
         }
-        cache.end_step();
+        normalise(a.hidden, norm_, a.normed);
+        cache.end_step(kvcull::StepInputs{
+            .tokens = tokens, .hidden = {a.normed.data(), n, static_cast<std::size_t>(a.normed.cols())}});
         head(which == Logits::all ? n : 1, a, logits);
     }
 
@@ -75,7 +79,8 @@ class Llama {
     void project(std::size_t layer, kvcull::position_t position, Activations& a) const;
     /// Adds attention and the SwiGLU block to hidden.
     void finish(std::size_t layer, Activations& a) const;
-    void head(std::size_t rows, Activations& a, RowMajorMatrix& logits) const;
+    /// Logits of the last rows from final hidden states.
+    void head(std::size_t rows, const Activations& a, RowMajorMatrix& logits) const;
     void normalise(const RowMajorMatrix& x, const RowVector& weight, RowMajorMatrix& out) const;
 
     Config config_;

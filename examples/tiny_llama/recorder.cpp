@@ -27,7 +27,7 @@ class Recorder {
         copy(layer, &replay::Trace::Layer::q, q);
         cache_.attend(layer, q, out);
     }
-    void end_step() { cache_.end_step(); }
+    void end_step(const kvcull::StepInputs& inputs) { cache_.end_step(inputs); }
 
   private:
     void copy(std::size_t layer, std::vector<float> replay::Trace::Layer::*array,

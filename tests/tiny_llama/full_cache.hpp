@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstddef>
 #include <kvcull/cache/shape.hpp>
+#include <kvcull/score/concepts.hpp>
+#include <kvcull/views.hpp>
 #include <vector>
 
 class FullCache {
@@ -27,7 +29,7 @@ class FullCache {
                 attend(rows, rows.size() - q.tokens + t + 1, q.row(head, t), q.dim, out.row(head, t));
         }
     }
-    void end_step() { seen_ += pending_; }
+    void end_step(const kvcull::StepInputs& /*inputs*/) { seen_ += pending_; }
 
   private:
     struct Row {

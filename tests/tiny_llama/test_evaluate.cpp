@@ -61,8 +61,8 @@ TEST_CASE("accuracies agree with those of another implementation", "[tiny_llama]
 TEST_CASE("a budget that holds everything gives the model's own accuracy", "[tiny_llama][property]") {
     for (const char* name : {"needle", "asked", "thoughts", "topics"}) {
         const Task of = task(name);
-        for (const char* policy :
-             {"full", "streaming", "random", "h2o", "tova", "keydiff", "keynorm", "vatp", "snapkv"}) {
+        for (const char* policy : {"full", "streaming", "random", "h2o", "tova", "keydiff", "keynorm", "vatp",
+                                   "snapkv", "rkv", "skipkv"}) {
             CAPTURE(name, policy);
             const Row row = run({policy, {.tokens = 1000}}, of, 1);
             CHECK(row.accuracy == 1.0);
@@ -119,6 +119,16 @@ TEST_CASE("the shipped gates keep facts that a window of the same size has lost"
         CHECK(learned.accuracy > window.accuracy + 0.3);
         CHECK(learned.kv_bytes < 1.1 * window.kv_bytes);
     }
+}
+
+TEST_CASE("sentences that are said again cost a reasoning model their rows", "[tiny_llama][property]") {
+    const Task of = task("thoughts");
+    const auto kept = [&](const char* policy) { return run({policy, {.tokens = 96}}, of, 1).kept; };
+    const std::vector<float> base = kept("rkv:interval=16");
+    CHECK(kept("skipkv:interval=16,tau=1") == base);
+    CHECK(kept("skipkv:interval=16") != base);
+    // What it is told of the language takes the place of the tiny world's own full stop.
+    CHECK(kept("skipkv:interval=16,delimiters=447") == base);
 }
 
 /// What the model says next, without any eviction.

@@ -1,5 +1,7 @@
 #include "llama.hpp"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -56,6 +58,40 @@ TEST_CASE("logits agree with those of another implementation", "[tiny_llama][gol
             REQUIRE(excess(got, want.row(static_cast<Eigen::Index>(i) - 1)) < 0);
         }
     }
+}
+
+TEST_CASE("a cache hears the tokens and final hidden states of every step, however they are cut",
+          "[tiny_llama][contract]") {
+    struct Listener : FullCache {
+        using FullCache::FullCache;
+        std::vector<int> tokens;
+        std::vector<float> hidden;
+
+        void end_step(const kvcull::StepInputs& inputs) {
+            FullCache::end_step(inputs);
+            tokens.insert(tokens.end(), inputs.tokens.begin(), inputs.tokens.end());
+            for (std::size_t row = 0; row < inputs.hidden.rows; ++row)
+                hidden.insert(hidden.end(), inputs.hidden[row].begin(), inputs.hidden[row].end());
+        }
+    };
+    const Llama model(model_folder);
+    const std::vector<int> text{1, 12, 113, 248, 2, 23, 84, 190, 2, 3, 113};
+    Listener whole(model.config().layers, model.config().kv_heads), single = whole;
+    RowMajorMatrix logits, last;
+    model.forward(text, whole, logits);
+    for (const int& token : text) model.forward({&token, 1}, single, last);
+    CHECK(whole.tokens == text);
+    CHECK(single.tokens == text);
+    REQUIRE(whole.hidden.size() == text.size() * model.config().hidden);
+    REQUIRE(single.hidden.size() == whole.hidden.size());
+    float apart = 0, size = 0;
+    for (std::size_t i = 0; i < whole.hidden.size(); ++i) {
+        apart = std::max(apart, std::fabs(whole.hidden[i] - single.hidden[i]));
+        size = std::max(size, std::fabs(whole.hidden[i]));
+    }
+    CHECK(apart < 1e-3F);
+    CHECK(size > 0.1F);
+    CHECK(excess(last, logits) < 0);
 }
 
 TEST_CASE("a token beyond the vocabulary or an empty call changes nothing", "[tiny_llama][contract]") {
