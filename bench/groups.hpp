@@ -3,11 +3,12 @@
 
 namespace kvcull::bench {
 
-void add_attention();  // decode/.. and prefill/..
-void add_selection();  // select/..
-void add_policies();   // policy/..
-void add_cache();      // cache/..
-void add_paging();     // paging/..
-void add_lookahead();  // lookahead/..
+void add_attention();   // decode/.. and prefill/..
+void add_selection();   // select/..
+void add_policies();    // policy/..
+void add_cache();       // cache/..
+void add_redundancy();  // redundancy/.. and sentences/..
+void add_paging();      // paging/..
+void add_lookahead();   // lookahead/..
 
 }  // namespace kvcull::bench

@@ -14,7 +14,7 @@ endfunction()
 if(KVCULL_BUILD_TESTS)
     kvcull_dependency(Catch2 https://github.com/catchorg/Catch2.git v3.7.1)
 endif()
-if(KVCULL_BUILD_TESTS OR KVCULL_BUILD_EXAMPLES)  # in the tests: for the header integrations/eigen.hpp
+if(KVCULL_BUILD_TESTS OR KVCULL_BUILD_EXAMPLES OR KVCULL_BUILD_BENCH)  # in the tests: for integrations/eigen.hpp
     kvcull_dependency(Eigen3 https://gitlab.com/libeigen/eigen.git 3.4.0)
 endif()
 if(KVCULL_BUILD_EXAMPLES)
