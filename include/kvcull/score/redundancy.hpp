@@ -60,12 +60,12 @@ class LinkSearch {
     void run(const Found& found, const None& none) {
         const std::size_t n = keys_.rows();
         for (std::size_t first = 0; first < n; first += tile_) {
-            load(near_, first);
-            if (meet_itself(found)) load(near_, first);
+            load_near(first);
+            if (meet_itself(found)) load_near(first);
             for (std::size_t other = first + tile_; other < n; other += tile_) {
                 if (near_.seekers == 0 && !any_open(other)) continue;
                 load(far_, other);
-                if (meet(found)) load(near_, first);
+                if (meet(found)) load_near(first);
             }
         }
         finish(none);
@@ -73,8 +73,9 @@ class LinkSearch {
 
   private:
     struct Tile {
-        float* unit;  // [count, dim], keys without a link first
-        std::array<std::size_t, link_tile> row = {};
+        /// far: [count, dim]; near: [dim, tile], so that products need no sum across a register
+        float* unit;
+        std::array<std::size_t, link_tile> row = {};  // of each unit key; those without a link come first
         std::size_t count = 0, seekers = 0;
     };
     struct Link {
@@ -108,23 +109,41 @@ class LinkSearch {
             if (open) tile.seekers = tile.count;
         }
     }
-    /// product_[a, b] = cosine of query a and key b.
-    void multiply(const float* queries, std::size_t rows, const float* keys, std::size_t count) noexcept {
+    /// The keys come through the far tile, which holds them until it is loaded again.
+    void load_near(std::size_t first) noexcept {
+        load(far_, first);
+        near_.row = far_.row;
+        near_.count = far_.count;
+        near_.seekers = far_.seekers;
+        // Few rows are written side by side: more would push each other out of the cache.
+        constexpr std::size_t side = 16;
         const std::size_t dim = keys_.dim();
-        kernels_.dots_f32(queries, dim, rows, keys, dim, count, dim, 1.0F, product_, tile_);
+        for (std::size_t begin = 0; begin < dim; begin += side)
+            for (std::size_t b = 0; b < near_.count; ++b)
+                for (std::size_t c = begin; c < std::min(begin + side, dim); ++c)
+                    near_.unit[c * tile_ + b] = far_.unit[b * dim + c];
+    }
+    /// product_[a, b] = cosine of far keys `first .. last - 1` and the first `count` near keys.
+    void multiply(std::size_t first, std::size_t last, std::size_t count) noexcept {
+        for (std::size_t a = first; a < last; ++a) std::fill_n(product_ + a * tile_, count, 0.0F);
+        const std::size_t dim = keys_.dim();
+        kernels_.weighted_sum_f32(far_.unit + first * dim, dim, last - first, near_.unit, tile_, dim, count,
+                                  product_ + first * tile_, tile_);
     }
     void consider(Link& link, std::size_t row, float cosine) const noexcept {
         if (!(cosine > threshold_)) return;
         if (!link.found || (row > link.row) == (retain_ == Retain::last)) link = {row, cosine, true};
     }
-    /// All of a row of products with the keys `rows`; most rows hold no hit, and one look shows it.
-    void consider_all(Link& link, const float* cosines, std::size_t count, const std::size_t* rows) const {
+    /// The best link among the near keys; most rows hold no hit, and one look shows it.
+    [[nodiscard]] Link best_near(const float* cosines) const noexcept {
         float least = 0.0F, most = 0.0F;
         double sum = 0.0;
-        kernels_.summarise(cosines, count, &least, &most, &sum);
-        if (!(most > threshold_))
-            return;  // `most` is never below 0: with a threshold there all are looked at
-        for (std::size_t b = 0; b < count; ++b) consider(link, rows[b], cosines[b]);
+        kernels_.summarise(cosines, near_.count, &least, &most, &sum);
+        Link link;
+        // `most` is never below 0: with a threshold there all are looked at.
+        for (std::size_t b = 0; most > threshold_ && b < near_.count; ++b)
+            consider(link, near_.row[b], cosines[b]);
+        return link;
     }
     template <class Found>
     bool settle(std::size_t row, const Link& link, const Found& found) {
@@ -138,52 +157,43 @@ class LinkSearch {
     template <class Found>
     bool meet_itself(const Found& found) {
         bool changed = false;
-        multiply(near_.unit, near_.seekers, near_.unit, near_.count);
-        for (std::size_t a = 0; a < near_.seekers; ++a) {
+        multiply(0, far_.seekers, near_.count);
+        for (std::size_t a = 0; a < far_.seekers; ++a) {
             float* const cosines = product_ + a * tile_;
             cosines[a] = 0.0F;  // no link to oneself, but a 0 above a threshold below 0
-            Link link;
-            consider_all(link, cosines, near_.count, near_.row.data());
-            changed |= settle(near_.row[a], link, found);
+            changed |= settle(far_.row[a], best_near(cosines), found);
         }
         return changed;
     }
     template <class Found>
     bool meet(const Found& found) {
-        std::array<Link, link_tile> links = {};
         const std::size_t seekers = near_.seekers;
-        multiply(far_.unit, far_.seekers, near_.unit, near_.count);
+        multiply(0, far_.seekers, near_.count);
+        if (seekers > 0) multiply(far_.seekers, far_.count, seekers);
         std::fill_n(highest_, seekers, negative_infinity());
-        for (std::size_t a = 0; a < far_.seekers; ++a)
+        for (std::size_t a = 0; a < far_.count; ++a)
             kernels_.maximum(highest_, product_ + a * tile_, seekers);
-        for (std::size_t b = 0; b < seekers; ++b)
-            for (std::size_t a = 0; highest_[b] > threshold_ && a < far_.seekers; ++a)
-                consider(links[b], far_.row[a], product_[a * tile_ + b]);
-        for (std::size_t a = 0; a < far_.seekers; ++a) {
-            Link link;
-            consider_all(link, product_ + a * tile_, near_.count, near_.row.data());
-            settle(far_.row[a], link, found);
-        }
-
-        const std::size_t others = far_.count - far_.seekers;
-        if (seekers > 0 && others > 0) {
-            multiply(near_.unit, seekers, far_.unit + far_.seekers * keys_.dim(), others);
-            for (std::size_t b = 0; b < seekers; ++b)
-                consider_all(links[b], product_ + b * tile_, others, far_.row.data() + far_.seekers);
-        }
         bool changed = false;
-        for (std::size_t b = 0; b < seekers; ++b) changed |= settle(near_.row[b], links[b], found);
+        for (std::size_t b = 0; b < seekers; ++b) {
+            Link link;
+            for (std::size_t a = 0; highest_[b] > threshold_ && a < far_.count; ++a)
+                consider(link, far_.row[a], product_[a * tile_ + b]);
+            changed |= settle(near_.row[b], link, found);
+        }
+        for (std::size_t a = 0; a < far_.seekers; ++a)
+            settle(far_.row[a], best_near(product_ + a * tile_), found);
         return changed;
     }
     template <class None>
     void finish(const None& none) {
-        if (keys_.rows() == 0) return;
-        load_unit(0, far_.unit);
+        float* const oldest = near_.unit;  // [dim]
+        if (keys_.rows() > 0) load_unit(0, oldest);
         for (std::size_t first = 0; first < keys_.rows(); first += tile_) {
             if (!any_open(first)) continue;
-            load(near_, first);
-            multiply(far_.unit, 1, near_.unit, near_.seekers);
-            for (std::size_t b = 0; b < near_.seekers; ++b) none(near_.row[b], product_[b]);
+            load(far_, first);
+            kernels_.dots_f32(oldest, 0, 1, far_.unit, keys_.dim(), far_.seekers, keys_.dim(), 1.0F, product_,
+                              tile_);
+            for (std::size_t a = 0; a < far_.seekers; ++a) none(far_.row[a], product_[a]);
         }
     }
 
@@ -208,9 +218,8 @@ class LinkSearch {
 /// Redundancy of every key of a head: softmax over all keys of their mean cosine with the n keys, where the
 /// cosine with oneself counts 0 and so does the link that each key spares: that to the `retain` one of the
 /// keys whose cosine with it is above `threshold`, or to key 0 if there is none. Sums to 1. A NaN or infinity
-/// in any key makes all of it NaN.
-/// Cost: O(n dim) for the means, since the sum of cosines is the cosine with the sum; n^2 dim / 2
-/// multiply-adds for the links at most, far less where keys are alike. Memory: never n x n.
+/// in any key makes all of it NaN. Cost: O(n dim) for the means, since the sum of cosines is the cosine with
+/// the sum; n^2 dim / 2 multiply-adds for the links at most, far less where keys are alike. Memory: O(n).
 /// @param out  [n]. @param scratch  `redundancy_scratch(n, keys.dim())` floats.
 inline void redundancy(const simd::Kernels& kernels, const RowsView& keys, float threshold, Retain retain,
                        std::span<float> out, float* scratch) {
