@@ -460,3 +460,23 @@ TEST_CASE("without pseudo tokens asked for, none must come", "[property]") {
     feed_prompt(snap, stream, 0, prompt, 13);
     CHECK((all_positions(cache.cache()) == all_positions(snap)));
 }
+
+TEST_CASE("a look-ahead passes over layers that the policy has no say in", "[property]") {
+    CacheShape of{.layers = 3, .q_heads = 6, .kv_heads = 3, .head_dim = 16};
+    of.softcap = 8.0F;
+    of.traits = {{}, {.window = 8}, {.evicts = false}};
+    const Stream stream = random_stream(of, 80, 21);
+    BlockPool pool({.block_rows = 4});
+    LookaheadCache cache(KVCache(of, usual, Budget{.tokens = budget}, pool));
+    prefill(cache, stream);
+    REQUIRE(cache.end_prefill());
+    CHECK(cache.fork().rows(0, 0) == budget);
+    CHECK(cache.fork().rows(2, 0) == prompt);
+    look_ahead(cache, stream);
+    cache.end_lookahead();
+    for (std::size_t h = 0; h < of.kv_heads; ++h) {
+        CHECK(cache.cache().rows(0, h) == budget);
+        CHECK(cache.cache().rows(1, h) <= 9);
+        CHECK(cache.cache().rows(2, h) == prompt);
+    }
+}

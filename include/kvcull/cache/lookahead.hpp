@@ -3,7 +3,6 @@
 /// model, this keeps the two caches and the queries, so that a pseudo token leaves nothing behind.
 
 #include <cstddef>
-#include <numeric>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -73,13 +72,18 @@ class LookaheadCache {
         ended.end_prompt();
         const Live<P>& live = ended.evictor().live();
         bool over = false;
-        for (std::size_t i = 0; i < live.rows.size(); ++i) over = over || live.rows[i] > live.sizes[i];
+        std::size_t sum = 0, bounded = 0;  // of heads that have a size: not those that the policy spares
+        for (std::size_t i = 0; i < live.rows.size(); ++i) {
+            over = over || live.rows[i] > live.sizes[i];
+            if (live.sizes[i] == unlimited) continue;
+            sum += live.sizes[i];
+            ++bounded;
+        }
         if (!over || live.hold) {
             cache.end_prompt();
             return false;
         }
-        std::size_t rows =
-            std::accumulate(live.sizes.begin(), live.sizes.end(), std::size_t{0}) / live.sizes.size();
+        std::size_t rows = sum / bounded;
         if constexpr (requires { cache.policy().lookahead_rows(rows); })
             rows = cache.policy().lookahead_rows(rows);
         Cache fork = rows == unlimited ? std::move(ended) : ended.fork(ended.propose(rows));
