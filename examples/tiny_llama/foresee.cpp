@@ -36,8 +36,9 @@ class Later {
         : cache_(cache), prompt_(prompt), mass_(cache.shape().heads(), std::vector<float>(prompt)) {}
 
     [[nodiscard]] std::size_t seen() const { return cache_.seen(); }
-    void append(std::size_t layer, kvcull::HeadsView<const float> k, kvcull::HeadsView<const float> v) {
-        cache_.append(layer, k, v);
+    void append(std::size_t layer, kvcull::HeadsView<const float> k, kvcull::HeadsView<const float> v,
+                const kvcull::AppendInputs& inputs) {
+        cache_.append(layer, k, v, inputs);
     }
     void attend(std::size_t layer, kvcull::HeadsView<const float> q, kvcull::HeadsView<float> out) {
         cache_.attend(layer, q, out);
@@ -57,7 +58,7 @@ class Later {
             }
         }
     }
-    void end_step() { cache_.end_step(); }
+    void end_step(const kvcull::StepInputs& inputs) { cache_.end_step(inputs); }
 
     /// Share of all that lies on tokens which `kept`, a cache after the same prompt, holds.
     template <class Cache>
