@@ -104,7 +104,7 @@ class StepOf final : public PolicyStep {
 
     void run(std::size_t head, std::size_t thread) override {
         const HeadStep step = base(head, thread, shape_.n);
-        detail::for_each_tile(step, head_major(q_, shape_.q_heads, 1, dim), head * shape_.group(), true,
+        detail::for_each_tile(step, head_major(q_, shape_.q_heads, 1, dim), head * shape_.group(), {},
                               head_major(out_, shape_.q_heads, 1, dim), policy_.needs(Phase::decode),
                               scratch_[thread], detail::Observer<P>{policy_, states_[head]});
         if (decides) policy_.score(states_[head], step, score_[thread]);

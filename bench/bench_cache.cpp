@@ -83,7 +83,7 @@ void attend_plainly(const KVCache<P>& cache, Tokens& token, detail::TileScratch&
                                .cached = cache.view(0, h),
                                .scale = shape.logit_scale(),
                                .kernels = &simd::kernels()},
-                              token.q(), h * shape.group(), true, token.out(), {}, scratch,
+                              token.q(), h * shape.group(), {}, token.out(), {}, scratch,
                               [](const HeadStep&) {});
 }
 

@@ -99,7 +99,7 @@ class Head {
     template <class Observe>
     void run(Phase phase, std::size_t tokens, const Observe& observe) {
         detail::for_each_tile(base(n_, tokens, phase), head_major<const float>(q_.data(), group, tokens, dim),
-                              0, true, {}, policy_.needs(phase), scratch_, observe);
+                              0, {}, {}, policy_.needs(phase), scratch_, observe);
     }
     /// Calls that are too short for the clock are timed many at once.
     template <class Body>
