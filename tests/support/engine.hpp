@@ -131,6 +131,7 @@ class Engine {
 
     void set_kernels(const simd::Kernels& kernels) noexcept { evictor_.set_kernels(kernels); }
     void set_bias(Bias bias) { evictor_.set_bias(std::move(bias)); }
+    void set_trace(EvictionTrace trace) { evictor_.set_trace(std::move(trace)); }
     void begin_prompt(std::optional<std::size_t> total = std::nullopt) { evictor_.begin_prompt(total); }
     void hold(bool on) noexcept { evictor_.hold(on); }
     void pin(position_t begin, position_t end) { evictor_.pin(begin, end); }

@@ -303,7 +303,7 @@ class SafeTensors {
             member(tensor->name);
             text += "{\"dtype\":\"" + std::string(name_of(tensor->dtype)) + "\",\"shape\":[";
             for (std::size_t i = 0; i < tensor->shape.size(); ++i)
-                text += (i == 0 ? "" : ",") + std::to_string(tensor->shape[i]);
+                text.append(i == 0 ? "" : ",").append(std::to_string(tensor->shape[i]));
             text += "],\"data_offsets\":[" + std::to_string(at) + ',';
             at += tensor->bytes.size();
             text += std::to_string(at) + "]}";

@@ -16,6 +16,7 @@
 #include "live.hpp"
 #include "shape.hpp"
 #include "tiles.hpp"
+#include "trace.hpp"
 
 namespace kvcull::inline KVCULL_ABI::detail {
 
@@ -56,6 +57,7 @@ class Decision {
     Compaction compaction = is_ordered(policy) ? Compaction::ascending : Compaction::fill;
     Workers workers;
     Bias bias;
+    EvictionTrace trace;
 
     /// Whether the policy has no say in a layer.
     [[nodiscard]] bool spares(std::size_t layer) const noexcept { return shape.layer(layer).spared(); }
@@ -241,6 +243,8 @@ class Decision {
             if (divides_heads(rule) && phase == Phase::prompt && coming == 0 && scope() == Scope::head)
                 divide(live, span);
         const auto add = [&](std::size_t i, std::span<const index_t> keep) {
+            const float* score = scores_[scope() == Scope::layer_shared ? 0 : i].data();
+            report(live, first + i, views[i].position, keep, {score, live.rows[first + i]});
             plan.add((first + i) / shape.kv_heads, (first + i) % shape.kv_heads, live.rows[first + i], keep,
                      compaction);
         };
@@ -259,6 +263,27 @@ class Decision {
                     select(live, first + i, i, views[i]);
                     add(i, keeps_[0]);
                 }
+        }
+    }
+
+    /// Tells the trace which rows of a head leave: all but `keep`. @param score [rows], or empty
+    void report(const Live<P>& live, std::size_t index, const PositionsView& position,
+                std::span<const index_t> keep, std::span<const float> score,
+                Reason reason = Reason::ranked_out) const {
+        if (!trace) return;
+        Eviction eviction{.seen = live.seen + live.call_tokens,
+                          .layer = index / shape.kv_heads,
+                          .head = index % shape.kv_heads,
+                          .reason = reason};
+        std::size_t next = 0;
+        for (std::size_t j = 0; j < position.size(); ++j) {
+            if (next < keep.size() && static_cast<std::size_t>(keep[next]) == j) {
+                ++next;
+                continue;
+            }
+            eviction.position = position[j];
+            eviction.score = score.empty() ? quiet_nan() : score[j];
+            trace(eviction);
         }
     }
 

@@ -70,6 +70,8 @@ class Evictor {
         if (bias) decision_.require_any_logits("Evictor::set_bias", "bias");
         decision_.bias = std::move(bias);
     }
+    /// Tells `trace` of every row that leaves; an empty one, the default, costs nothing.
+    void set_trace(EvictionTrace trace) { decision_.trace = std::move(trace); }
     /// Pauses eviction from the next call on. Rows enter and states follow as ever.
     void hold(bool on) {
         require_idle("Evictor::hold");
@@ -373,6 +375,7 @@ class Evictor {
             kept_.clear();
             for (std::size_t j = 0; j < live_.rows[i]; ++j)
                 if (cached.heads[i].position[j] < end) kept_.push_back(static_cast<index_t>(j));
+            decision_.report(live_, i, cached.heads[i].position, kept_, {}, Reason::truncated);
             plan_.add(i / shape().kv_heads, i % shape().kv_heads, live_.rows[i], kept_,
                       compaction(i / shape().kv_heads));
         }
@@ -393,15 +396,20 @@ class Evictor {
         std::vector<std::size_t> sizes(shape().heads(), size);
         for (std::size_t i = 0; i < sizes.size(); ++i)
             if (decision_.spares(i / shape().kv_heads)) sizes[i] = unlimited;
-        std::swap(sizes, live_.sizes);
+        EvictionTrace silent;  // as nothing leaves
+        const auto swap = [&] {
+            std::swap(sizes, live_.sizes);
+            std::swap(silent, decision_.trace);
+        };
         plan_.clear();
+        swap();
         try {
             choose_where_over(cached, 0, live_.phase);
         } catch (...) {
-            std::swap(sizes, live_.sizes);
+            swap();
             throw;
         }
-        std::swap(sizes, live_.sizes);
+        swap();
         return plan_;
     }
     /// The states follow a plan that `propose` made.
@@ -528,8 +536,10 @@ class Evictor {
         kept_.clear();
         for (std::size_t j = mask(layer, true).first_seen(cached[0].position, live_.call_next); j < rows; ++j)
             kept_.push_back(static_cast<index_t>(j));
-        for (std::size_t h = 0; h < shape().kv_heads; ++h)
+        for (std::size_t h = 0; h < shape().kv_heads; ++h) {
+            decision_.report(live_, flat(layer, h), cached[h].position, kept_, {}, Reason::out_of_window);
             plan_.add(layer, h, rows, kept_, Compaction::ascending);
+        }
         live_.gone[layer] = first_seen(layer, live_.call_next);
     }
 

@@ -125,6 +125,8 @@ class KVCache {
 
     /// See Evictor::set_bias.
     void set_bias(Bias bias) { evictor_.set_bias(std::move(bias)); }
+    /// See Evictor::set_trace. Forks have none until they are given one.
+    void set_trace(EvictionTrace trace) { evictor_.set_trace(std::move(trace)); }
 
     /// See Evictor::begin_prompt.
     void begin_prompt(std::optional<std::size_t> total = std::nullopt) { evictor_.begin_prompt(total); }
@@ -322,7 +324,9 @@ class KVCache {
           evictor_(other.evictor_),
           storage_(other.storage_),
           views_(other.views_.size()),
-          peak_(bytes()) {}
+          peak_(bytes()) {
+        evictor_.set_trace({});
+    }
 
     [[nodiscard]] std::size_t flat(std::size_t layer, std::size_t head) const noexcept {
         return layer * shape().kv_heads + head;

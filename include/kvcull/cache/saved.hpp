@@ -79,7 +79,7 @@ class Checksum {
 [[nodiscard]] inline SafeTensors::Metadata describe(const CacheShape& shape, std::string_view policy) {
     std::string windows;
     for (std::size_t layer = 0; layer < shape.layers; ++layer)
-        windows += (layer == 0 ? "" : " ") + std::to_string(shape.layer(layer).window);
+        windows.append(layer == 0 ? "" : " ").append(std::to_string(shape.layer(layer).window));
     return {{"format", "kvcull cache"},
             {"version", "1"},
             {"policy", std::string(policy)},
