@@ -4,6 +4,10 @@
 ///
 /// Adding an instruction set: a header with a namespace of the same functions, an enumerator and a name here,
 /// a line each in `compiled`, `available` and `kernels_for`.
+///
+/// Compiling the kernels takes some seconds in every file that calls them. A program that is compiled with
+/// KVCULL_SEPARATE_KERNELS defined everywhere, and with KVCULL_DEFINE_KERNELS too in one file that includes
+/// this header, does so once. With CMake: link `kvcull::kernels`.
 
 #include <algorithm>
 #include <array>
@@ -15,11 +19,23 @@
 
 #include "../base/error.hpp"
 #include "../base/types.hpp"
-#include "avx2_rows.hpp"
-#include "avx512_rows.hpp"
-#include "neon.hpp"
-#include "scalar.hpp"
+#include "exp.hpp"
 #include "target.hpp"
+
+#if !defined(KVCULL_SEPARATE_KERNELS) || defined(KVCULL_DEFINE_KERNELS)
+#    define KVCULL_KERNELS_HERE 1
+#    include "avx2_rows.hpp"
+#    include "avx512_rows.hpp"
+#    include "neon.hpp"
+#    include "scalar.hpp"
+#else
+#    define KVCULL_KERNELS_HERE 0
+#endif
+#if defined(KVCULL_SEPARATE_KERNELS)
+#    define KVCULL_KERNELS_INLINE
+#else
+#    define KVCULL_KERNELS_INLINE inline
+#endif
 
 namespace kvcull::inline KVCULL_ABI::simd {
 
@@ -139,13 +155,9 @@ struct Kernels {
 }
 
 /// Whether this build, this CPU and its operating system can run `isa`.
-[[nodiscard]] inline bool available(Isa isa) noexcept {
-#if KVCULL_X86
-    if (isa == Isa::avx512) return avx512::supported();
-    if (isa == Isa::avx2) return avx2::supported();
-#endif
-    return compiled(isa);
-}
+[[nodiscard]] KVCULL_KERNELS_INLINE bool available(Isa isa) noexcept;
+/// @throws config_error if it is not available here.
+[[nodiscard]] KVCULL_KERNELS_INLINE const Kernels& kernels_for(Isa isa);
 
 /// The best available instruction set, whatever KVCULL_ISA says.
 [[nodiscard]] inline Isa detect() noexcept {
@@ -155,33 +167,44 @@ struct Kernels {
     return best;
 }
 
-/// The table of an instruction set: the functions of its namespace.
-#define KVCULL_KERNELS_OF(isa)                                                                               \
-    Kernels {                                                                                                \
-        Isa::isa, {isa::dots_f32}, {isa::dots_f16}, {isa::dots_bf16}, {isa::weighted_sum_f32},               \
-            {isa::weighted_sum_f16}, {isa::weighted_sum_bf16}, {isa::distances_f32}, {isa::distances_f16},   \
-            {isa::distances_bf16}, isa::softmax, isa::add_rows, isa::add_squares, isa::summarise, isa::odds, \
-            isa::square_roots, isa::maximum, isa::widen_f16, isa::widen_bf16, isa::narrow_f16,               \
-            isa::narrow_bf16                                                                                 \
-    }
+#if KVCULL_KERNELS_HERE
+KVCULL_KERNELS_INLINE bool available(Isa isa) noexcept {
+#    if KVCULL_X86
+    if (isa == Isa::avx512) return avx512::supported();
+    if (isa == Isa::avx2) return avx2::supported();
+#    endif
+    return compiled(isa);
+}
 
-/// @throws config_error if it is not available here.
-[[nodiscard]] inline const Kernels& kernels_for(Isa isa) {
+/// The table of an instruction set: the functions of its namespace.
+#    define KVCULL_KERNELS_OF(isa)                                                                           \
+        Kernels {                                                                                            \
+            Isa::isa, {isa::dots_f32}, {isa::dots_f16}, {isa::dots_bf16}, {isa::weighted_sum_f32},           \
+                {isa::weighted_sum_f16}, {isa::weighted_sum_bf16}, {isa::distances_f32},                     \
+                {isa::distances_f16}, {isa::distances_bf16}, isa::softmax, isa::add_rows, isa::add_squares,  \
+                isa::summarise, isa::odds, isa::square_roots, isa::maximum, isa::widen_f16, isa::widen_bf16, \
+                isa::narrow_f16, isa::narrow_bf16                                                            \
+        }
+
+KVCULL_KERNELS_INLINE const Kernels& kernels_for(Isa isa) {
     detail::check<error::config_error>(available(isa), "kernels_for", "isa", name_of(isa),
                                        "one that this machine has");
-#if KVCULL_X86
+#    if KVCULL_X86
     static constexpr Kernels of_avx2 = KVCULL_KERNELS_OF(avx2), of_avx512 = KVCULL_KERNELS_OF(avx512);
     if (isa == Isa::avx2) return of_avx2;
     if (isa == Isa::avx512) return of_avx512;
-#elif KVCULL_NEON
+#    elif KVCULL_NEON
     static constexpr Kernels of_neon = KVCULL_KERNELS_OF(neon);
     if (isa == Isa::neon) return of_neon;
-#endif
+#    endif
     static constexpr Kernels of_scalar = KVCULL_KERNELS_OF(scalar);
     return of_scalar;
 }
 
-#undef KVCULL_KERNELS_OF
+#    undef KVCULL_KERNELS_OF
+#endif
+#undef KVCULL_KERNELS_HERE
+#undef KVCULL_KERNELS_INLINE
 
 /// `best`, or the instruction set named `cap` if that is a lesser one, or one of another architecture, which
 /// `kernels_for` refuses. No cap: nullptr or "".
