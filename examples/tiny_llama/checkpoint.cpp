@@ -52,6 +52,8 @@ Checkpoint::Checkpoint(const std::filesystem::path& folder) : folder_(folder.str
 RowMajorMatrix Checkpoint::stack(std::initializer_list<Part> parts, std::size_t cols) {
     const auto rows = std::accumulate(parts.begin(), parts.end(), std::size_t{0},
                                       [](std::size_t sum, const Part& part) { return sum + part.rows; });
+    for (const Part& part : parts)
+        (void)find(part.name, {part.rows, cols});  // before memory is taken for them
     RowMajorMatrix all(rows, cols);
     float* out = all.data();
     for (const Part& part : parts) {
@@ -62,6 +64,7 @@ RowMajorMatrix Checkpoint::stack(std::initializer_list<Part> parts, std::size_t 
 }
 
 RowVector Checkpoint::vector(const std::string& name, std::size_t size) {
+    (void)find(name, {size});
     RowVector all(size);
     widen(name, {size}, all.data());
     return all;
@@ -74,13 +77,18 @@ std::vector<std::string> Checkpoint::unread() const {
     return names;
 }
 
-void Checkpoint::widen(const std::string& name, const std::vector<std::size_t>& shape, float* out) {
+const kvcull::Tensor& Checkpoint::find(const std::string& name, const std::vector<std::size_t>& shape) const {
     const auto found = shard_of_.find(name);
     if (found == shard_of_.end()) fail(folder_, "no tensor '" + name + "', want one of shape " + text(shape));
-    const Shard& shard = *found->second;
-    const kvcull::Tensor& tensor = shard.tensors.tensor(name);
-    const std::string where = shard.path + ": tensor '" + name + "'";
-    if (tensor.shape != shape) fail(where, "shape is " + text(tensor.shape) + ", want " + text(shape));
+    const kvcull::Tensor& tensor = found->second->tensors.tensor(name);
+    if (tensor.shape != shape)
+        fail(found->second->path + ": tensor '" + name + "'",
+             "shape is " + text(tensor.shape) + ", want " + text(shape));
+    return tensor;
+}
+
+void Checkpoint::widen(const std::string& name, const std::vector<std::size_t>& shape, float* out) {
+    const kvcull::Tensor& tensor = find(name, shape);
     switch (tensor.dtype) {
         case kvcull::ElementType::f32:
             widen_all<float>(tensor.bytes, out);
@@ -92,7 +100,8 @@ void Checkpoint::widen(const std::string& name, const std::vector<std::size_t>& 
             widen_all<kvcull::bfloat16>(tensor.bytes, out);
             break;
         default:
-            fail(where, "dtype is " + std::string(name_of(tensor.dtype)) + ", want F32, F16 or BF16");
+            fail(shard_of_.at(name)->path + ": tensor '" + name + "'",
+                 "dtype is " + std::string(name_of(tensor.dtype)) + ", want F32, F16 or BF16");
     }
     read_.insert(name);
 }

@@ -48,6 +48,9 @@ class Checkpoint {
         explicit Shard(const std::filesystem::path& path_)
             : file(path_), path(path_.string()), tensors(file.bytes(), path) {}
     };
+    /// @throws kvcull::error::format_error if there is no such tensor of this shape
+    [[nodiscard]] const kvcull::Tensor& find(const std::string& name,
+                                             const std::vector<std::size_t>& shape) const;
     void widen(const std::string& name, const std::vector<std::size_t>& shape, float* out);
 
     std::string folder_;

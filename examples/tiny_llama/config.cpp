@@ -50,11 +50,12 @@ Config read_config(const std::filesystem::path& file) {
     const Object object(json, file.string());
     refuse_the_rest(object);
 
-    const auto positive = [&](const char* key) {
+    const auto positive = [&](const char* key, std::size_t most = 1'000'000'000) {
         const auto value = object.get<std::size_t>(key);
-        if (value == 0) object.wrong(key, "at least 1");
+        if (value == 0 || value > most) object.wrong(key, "1 to " + std::to_string(most));
         return value;
     };
+    constexpr std::size_t widest_head = 65536;  // of which rope makes a table
     Config config;
     config.layers = positive("num_hidden_layers");
     config.hidden = positive("hidden_size");
@@ -65,11 +66,13 @@ Config read_config(const std::filesystem::path& file) {
     if (config.q_heads % config.kv_heads != 0)
         object.wrong("num_key_value_heads", "a divisor of num_attention_heads");
     if (object.has("head_dim"))
-        config.head_dim = positive("head_dim");
+        config.head_dim = positive("head_dim", widest_head);
     else if (config.hidden % config.q_heads == 0)
         config.head_dim = config.hidden / config.q_heads;
     else
         object.wrong("hidden_size", "a multiple of num_attention_heads, as there is no head_dim");
+    if (config.head_dim > widest_head)
+        object.wrong("hidden_size", "at most " + std::to_string(widest_head) + " per head");
     config.rms_norm_eps = static_cast<float>(object.get<double>("rms_norm_eps", 1e-6));
     config.tied_head = object.get("tie_word_embeddings", false);
     try {

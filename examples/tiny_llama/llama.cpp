@@ -12,7 +12,6 @@ Llama::Llama(const std::filesystem::path& folder) : config_(read_config(folder /
     const Config& c = config_;
     const std::size_t q = c.q_heads * c.head_dim, kv = c.kv_heads * c.head_dim;
     embedding_ = file.matrix("model.embed_tokens.weight", c.vocabulary, c.hidden);
-    layers_.reserve(c.layers);
     for (std::size_t i = 0; i < c.layers; ++i) {
         const std::string layer = "model.layers." + std::to_string(i) + ".", attention = layer + "self_attn.",
                           mlp = layer + "mlp.";

@@ -121,10 +121,12 @@ TEST_CASE("missing and ill-typed keys are named with what was got and wanted", "
     CHECK_THAT(complaint(with("hidden_size", "64")), says("'hidden_size' is \"64\", want an integer"));
     CHECK_THAT(complaint(with("hidden_size", -64)), says("want an integer"));
     CHECK_THAT(complaint(with("hidden_size", 64.0)), says("want an integer"));
-    CHECK_THAT(complaint(with("hidden_size", 0)), says("'hidden_size' is 0, want at least 1"));
+    CHECK_THAT(complaint(with("hidden_size", 0)), says("'hidden_size' is 0, want 1 to 1000000000"));
+    CHECK_THAT(complaint(with("vocab_size", 1'000'000'000'000)), says("want 1 to 1000000000"));
+    CHECK_THAT(complaint(with("head_dim", 65537)), says("'head_dim' is 65537, want 1 to 65536"));
     CHECK_THAT(complaint(with("hidden_size", 66)), says("'hidden_size' is 66, want a multiple"));
     CHECK_THAT(complaint(with("num_key_value_heads", 3)), says("want a divisor of num_attention_heads"));
-    CHECK_THAT(complaint(with("num_key_value_heads", 0)), says("at least 1"));
+    CHECK_THAT(complaint(with("num_key_value_heads", 0)), says("want 1 to"));
     CHECK_THAT(complaint(with("head_dim", 15)), says("dims is 15, want an even number"));
     CHECK_THAT(complaint(with("tie_word_embeddings", 1)), says("want true or false"));
     CHECK_THAT(complaint(with("rms_norm_eps", "small")), says("want a number"));
