@@ -15,9 +15,9 @@ namespace {
 
 constexpr CacheShape shape{.layers = 2, .q_heads = 4, .kv_heads = 2, .head_dim = 12, .value_dim = 8};
 
-static_assert(Savable<Full> && Savable<Streaming> && Savable<Random> && Savable<EpiCache> && Savable<H2O> &&
-              Savable<KeyNorm>);
-static_assert(!Savable<SnapKV> && !Savable<KeyDiff> && !Savable<OBCache>);  // they keep more than rows
+static_assert(Savable<Full> && Savable<Streaming> && Savable<H2O> && Savable<KeyDiff> && Savable<SnapKV> &&
+              Savable<OBCache> && Savable<Caote<>> && Savable<Caote<H2O>> && Savable<RKV> && Savable<TrimKV>);
+static_assert(!Savable<SkipKV<>>);  // its sentences are no numbers in a row
 
 template <class Cache>
 void feed_prompt(Cache& cache, const Stream& stream, std::size_t first, std::size_t end, std::size_t chunk) {
@@ -187,6 +187,41 @@ TEST_CASE("bytes of another cache are refused by what differs", "[contract]") {
     CHECK(refusal(of, Streaming{}) == "load: policy is epicache, want streaming");
     const std::vector<std::byte> foreign = SafeTensors::serialize({{"format", "pt"}}, {});
     CHECK(failure<error::format_error>([&] { load(cache, foreign); }) == "load: dtype is missing, want f32");
+}
+
+TEST_CASE("a policy's state is read back only with the sizes that it has in this cache, and consistent",
+          "[contract]") {
+    const CacheShape one{.layers = 1, .q_heads = 4, .kv_heads = 2, .head_dim = 6};
+    const Stream stream(one, 30, 4);
+    KVCache cache(one, SnapKV{.window = 4, .kernel = 3, .decode_interval = 3}, Budget{.tokens = 10});
+    feed_prompt(cache, stream, 0, 20, 7);
+    const std::vector<std::byte> bytes = save(cache);
+    KVCache wider(one, SnapKV{.window = 5, .kernel = 3, .decode_interval = 3}, Budget{.tokens = 10});
+    CHECK(failure<error::format_error>([&] { load(wider, bytes); }) ==
+          "load: size of 'layer.0.head.0.state.0' is 48, want 60");  // window * group * head_dim
+
+    const SafeTensors file(std::span<const std::byte>{bytes});
+    const std::uint64_t beyond = 4;  // slots are 0 to 3
+    std::vector<Tensor> tensors = file.tensors();
+    for (Tensor& tensor : tensors)
+        if (tensor.name == "layer.0.head.1.state.2") tensor.bytes = std::as_bytes(std::span(&beyond, 1));
+    SafeTensors::Metadata metadata = file.metadata();
+    metadata["checksum"] = detail::checksum(metadata, tensors);
+    const auto forged = SafeTensors::serialize(metadata, tensors);
+    CHECK(failure<error::format_error>([&] { load(cache, forged); }) ==
+          "load: state of layer 0, head 1 is inconsistent, want one that this policy leaves behind");
+}
+
+TEST_CASE("layers whose policy was shown nothing come back as such", "[property]") {
+    CacheShape of = shape;
+    of.traits = {{.evicts = false}, {}};
+    const Stream stream(of, 40, 6);
+    KVCache cache(of, OBCache{.recent = 3}, Budget{.tokens = 10}),
+        loaded(of, OBCache{.recent = 3}, Budget{.tokens = 10});
+    feed_decode(cache, stream, 0, 20);
+    load(loaded, save(cache));
+    REQUIRE(same_bits(feed_decode(loaded, stream, 20, 40), feed_decode(cache, stream, 20, 40)));
+    REQUIRE(save(loaded) == save(cache));
 }
 
 TEST_CASE("what a file says must make sense even if its checksum holds", "[contract]") {

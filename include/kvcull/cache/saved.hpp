@@ -15,20 +15,11 @@
 
 #include "../base/error.hpp"
 #include "../base/safetensors.hpp"
-#include "../score/state.hpp"
-#include "kv_cache.hpp"
+#include "saved_state.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
 
 namespace detail {
-
-template <class State>
-inline constexpr std::size_t array_bytes = 0;
-template <class State>
-requires(std::tuple_size_v<decltype(std::declval<State&>().arrays())> >
-         0) inline constexpr std::size_t array_bytes<State> = []<class... Arrays>(std::tuple<Arrays&...>*) {
-    return (sizeof(Arrays) + ...);
-}(static_cast<decltype(std::declval<State&>().arrays())*>(nullptr));
 
 /// Every word goes in by steps that can be undone, so a change within 8 aligned bytes never goes unseen.
 class Checksum {
@@ -158,18 +149,40 @@ class SavedTensors {
         return tensor.bytes.data();
     }
 
+    /// A state with the sizes of `in_use`, or, of a head that nothing was shown of, of a new one.
+    template <class State>
+    [[nodiscard]] State state(std::size_t layer, std::size_t head, std::size_t rows, State in_use) const {
+        const auto name = [&](std::size_t part) { return state_name(layer, head, part); };
+        const auto fits = [&](State& like) {
+            bool all = true;
+            std::size_t part = 0;
+            for_each_part(like, [&](const auto& one) {
+                all = all && file_.tensor(name(part++)).size() == count_of(one, rows);
+            });
+            return all;
+        };
+        std::size_t part = 0;
+        const auto read = [&](auto& one) {
+            using Number = typename decltype(numbers_of(one))::value_type;
+            const std::vector<Number> numbers = this->numbers<Number>(name(part++), count_of(one, rows));
+            assign(one, rows, std::span<const Number>(numbers));
+        };
+        if (State unseen{}; !fits(in_use) && fits(unseen)) {
+            for_each_array(unseen, read);
+            return unseen;
+        }
+        for_each_part(in_use, read);
+        check<error::format_error>(consistent(in_use), "load",
+                                   text("state of layer ", layer, ", head ", head), "inconsistent",
+                                   "one that this policy leaves behind");
+        return in_use;
+    }
+
   private:
     const SafeTensors& file_;
 };
 
 }  // namespace detail
-
-/// Policies whose state is its per-row arrays and nothing else: all of it is saved, so a cache that was
-/// loaded goes on exactly like the one that was saved.
-template <class P>
-concept Savable =
-    Policy<P> && !SequenceState<P> && (std::is_empty_v<typename P::State> ||
-                                       sizeof(typename P::State) == detail::array_bytes<typename P::State>);
 
 /// The cache between two steps, as the bytes of a safetensors file: per layer `head_len` [kv_heads],
 /// `position` [sum], `k` [sum, head_dim], `v` [sum, value_dim] unless values are latent (rows in slot order,
@@ -211,12 +224,12 @@ template <Savable P, BudgetRule Rule>
             add_rows(keys, head.k);
             if (!shape.latent) add_rows(values, head.v);
             std::size_t number = 0;
-            detail::for_each_array(const_cast<typename P::State&>(live.states[layer * shape.kv_heads + h]),
-                                   [&]<class T>(const RowArray<T>& array) {
-                                       tensors.add(
-                                           detail::state_name(layer, h, number++),
-                                           std::vector<T>(array.values().begin(), array.values().end()));
-                                   });
+            // The lists are of references and so not const; nothing is changed through them here.
+            detail::for_each_part(const_cast<typename P::State&>(live.states[layer * shape.kv_heads + h]),
+                                  [&](const auto& part) {
+                                      tensors.add(detail::state_name(layer, h, number++),
+                                                  detail::numbers_of(part));
+                                  });
         }
         const std::size_t rows = positions.size();
         const ElementType type = detail::element_type(shape.dtype);
@@ -272,6 +285,7 @@ void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
     const auto pinned = saved.numbers<position_t>("pinned");
     for (std::size_t i = 0; i + 1 < pinned.size(); i += 2) live.pinned.push_back({pinned[i], pinned[i + 1]});
 
+    const typename P::State in_use = detail::state_in_use(shape, cache.policy());
     std::vector<std::vector<position_t>> positions(shape.layers);
     std::vector<HeadView> views;
     for (std::size_t layer = 0; layer < shape.layers; ++layer) {
@@ -306,17 +320,7 @@ void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
                  own});
             const std::size_t index = layer * shape.kv_heads + h;
             live.rows[index] = rows;
-            std::size_t number = 0;
-            detail::for_each_array(live.states[index], [&]<class T>(RowArray<T>& array) {
-                const std::string name = detail::state_name(layer, h, number++);
-                const auto values = saved.numbers<T>(name);
-                detail::check<format_error>(rows == 0 ? values.empty() : values.size() % rows == 0, "load",
-                                            detail::text("size of '", name, "'"), values.size(),
-                                            detail::text("a multiple of ", rows));
-                if (rows > 0) array = RowArray<T>(values.size() / rows);
-                array.resize(rows);
-                std::copy(values.begin(), values.end(), array.values().begin());
-            });
+            live.states[index] = saved.state(layer, h, rows, in_use);
             first += rows;
         }
         detail::check<format_error>(first == total, "load", detail::text("rows of layer ", layer), first,

@@ -45,6 +45,13 @@ struct Caote {
         ReadAlong read;            // whether `squares` is true
 
         [[nodiscard]] auto arrays() noexcept { return std::tuple_cat(base.arrays(), std::tie(squares)); }
+        [[nodiscard]] auto rest() noexcept {
+            const auto own = std::tie(values, mean, read);
+            if constexpr (requires { base.rest(); })
+                return std::tuple_cat(base.rest(), own);
+            else
+                return own;
+        }
     };
 
     Base base = {};

@@ -25,6 +25,7 @@ struct KeyDiff {
         ReadAlong read;             // whether `product` is true
 
         [[nodiscard]] auto arrays() noexcept { return std::tie(inverse, product); }
+        [[nodiscard]] auto rest() noexcept { return std::tie(units, anchor, read); }
     };
 
     std::size_t sinks = 0, recent = 0;

@@ -50,6 +50,7 @@ struct OBCache {
         bool waits = false;         // they are still to be added to `sum`
 
         [[nodiscard]] auto arrays() noexcept { return std::tie(sum, norm, late); }
+        [[nodiscard]] auto rest() noexcept { return std::tie(output, waits); }
     };
 
     Score kind = Score::key;

@@ -22,6 +22,7 @@ struct RKV {
         QueryRing queries;
 
         [[nodiscard]] static std::tuple<> arrays() noexcept { return {}; }
+        [[nodiscard]] auto rest() noexcept { return std::tie(queries); }
     };
 
     std::size_t window = 8;

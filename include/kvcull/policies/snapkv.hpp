@@ -62,6 +62,11 @@ class QueryRing {
         }
     }
 
+    [[nodiscard]] auto parts() noexcept { return std::tie(rows_, positions_, next_, size_); }
+    [[nodiscard]] bool consistent() const noexcept {
+        return size_ <= capacity_ && next_ < std::max<std::size_t>(capacity_, 1);
+    }
+
   private:
     [[nodiscard]] std::size_t slot(std::size_t i) const noexcept {
         return (next_ + capacity_ - size_ + i) % capacity_;
@@ -143,6 +148,7 @@ struct SnapKV {
         QueryRing queries;
 
         [[nodiscard]] static std::tuple<> arrays() noexcept { return {}; }
+        [[nodiscard]] auto rest() noexcept { return std::tie(queries); }
     };
 
     std::size_t window = 32;

@@ -25,6 +25,7 @@ struct PerHeadAttention {
         RunningSum output;  // [group, value_dim]: the sum of mass * value, as counted rows' outputs give it
 
         [[nodiscard]] auto arrays() noexcept { return std::tie(mass); }
+        [[nodiscard]] auto rest() noexcept { return std::tie(output); }
     };
 
     Rows base = Rows::tova;                  // the last row; all rows; the last `window` of a prompt call

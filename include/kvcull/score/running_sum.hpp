@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <span>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -36,6 +37,8 @@ struct RunningSum {
     static constexpr std::size_t stale = all_rows;
     std::vector<double> sum;
     std::size_t rows = 0;  // held rows that it is true for; any other number of rows: it is not known
+
+    [[nodiscard]] auto parts() noexcept { return std::tie(sum, rows); }
 
     /// Begins anew, over no weight.
     void reset(std::size_t size) {
@@ -90,6 +93,7 @@ class ReadAlong {
         return true;
     }
     [[nodiscard]] bool knows(std::size_t held) const noexcept { return rows_ == held; }
+    [[nodiscard]] auto parts() noexcept { return std::tie(rows_, began_); }
 
   private:
     std::size_t rows_ = RunningSum::stale;

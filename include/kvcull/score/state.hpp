@@ -1,6 +1,7 @@
 #pragma once
 /// Per-row state of a policy. A state lists its arrays once, in `arrays()`; growth, compaction and byte
-/// counts derive from that list, so statistics cannot stay behind when rows move.
+/// counts derive from that list, so statistics cannot stay behind when rows move. What else it remembers
+/// (numbers, vectors, things with `parts()`) it lists in `rest()`, if caches of the policy are to be saved.
 
 #include <algorithm>
 #include <cstddef>
