@@ -500,3 +500,62 @@ TEST_CASE("a tier over a file goes on after any system call failed", "[property]
         if (!failing) REQUIRE(fail_at > 100);
     }
 }
+
+TEST_CASE("a tier over a file that exists takes the pages that are there") {
+    const TempFile file("adopt");
+    using Tier = PageTier<kvcull::Guard<>, FileStore<>, kvcull::Popularity>;
+    const auto open_tier = [&] { return Tier(kvcull::Guard<>(2), open(file), {}); };
+    const std::vector<page_t> pages{0, 3, 4, ~page_t{0}};
+    {
+        auto tier = open_tier();
+        for (const page_t page : pages) {
+            tier.step({}, page);
+            fill(tier.store().frame(tier.frame(page)), page, 1);
+            tier.end_step();
+        }
+        REQUIRE(tier.store().pages().size() == 2);
+        tier.flush();
+        tier.flush();
+        REQUIRE(tier.store().pages() == pages);
+        REQUIRE(tier.counts().write_backs == 4);
+    }
+    const auto bytes_of = [](page_t page) {
+        std::vector<std::byte> bytes(page_bytes);
+        fill(bytes, page, 1);
+        return bytes;
+    };
+    {
+        auto tier = open_tier();
+        REQUIRE(failure<error::state_error>([&] { tier.step(pages); }) ==
+                "PageTier::step: page is 0, want a known page");
+        for (const page_t page : tier.store().pages()) tier.adopt(page);
+        REQUIRE(failure<error::state_error>([&] { tier.adopt(3); }) ==
+                "PageTier::adopt: page is 3, want a page that is not known yet");
+        REQUIRE(failure<error::state_error>([&] { tier.adopt(5); }) ==
+                "PageTier::adopt: page is 5, want a page that the store holds");
+        for (const page_t page : pages) {
+            tier.step(std::vector{page});
+            REQUIRE(std::ranges::equal(tier.store().frame(tier.frame(page)), bytes_of(page)));
+            tier.end_step();
+        }
+        REQUIRE(tier.counts().fetches == 4);
+        REQUIRE(tier.counts().write_backs == 0);  // nothing was changed
+        tier.erase(4);
+    }
+    auto altered = file.bytes();
+    const auto zero = bytes_of(0);
+    const auto found = std::search(altered.begin(), altered.end(), zero.begin(), zero.end(),
+                                   [](char a, std::byte b) { return static_cast<std::byte>(a) == b; });
+    REQUIRE(found != altered.end());
+    *found = static_cast<char>(*found ^ 1);
+    file.put(altered, altered.size());
+    auto tier = open_tier();
+    REQUIRE(failure<error::state_error>([&] { tier.adopt(4); }) ==
+            "PageTier::adopt: page is 4, want a page that the store holds");
+    for (const page_t page : tier.store().pages()) tier.adopt(page);
+    REQUIRE_THROWS_AS(tier.step(std::vector<page_t>{0}), error::format_error);
+    REQUIRE(tier.cache().pinned_slots() == 0);
+    tier.step(std::vector<page_t>{3});
+    REQUIRE(std::ranges::equal(tier.store().frame(tier.frame(3)), bytes_of(3)));
+    tier.end_step();
+}

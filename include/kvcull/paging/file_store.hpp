@@ -261,6 +261,8 @@ class FileStore {
 
     [[nodiscard]] std::span<std::byte> frame(slot_t frame) const { return frames_[frame]; }
     [[nodiscard]] bool contains(page_t page) const { return index_.contains(page); }
+    /// Those in the file, ascending.
+    [[nodiscard]] std::vector<page_t> pages() const { return detail::ascending_keys(index_); }
     /// Number of pages in the file.
     [[nodiscard]] std::size_t size() const noexcept { return index_.size(); }
     /// Number of records in the file, free ones included.
@@ -406,7 +408,7 @@ class FileStore {
     std::vector<std::uint64_t> free_;  // the file says so of each
     std::vector<Stale> stale_;         // not free by what the file says, and not in the index
 };
-static_assert(PageStore<FileStore<>>);
+static_assert(HoldsPages<FileStore<>> && ShowsFrames<FileStore<>>);
 
 }  // namespace kvcull::inline KVCULL_ABI
 

@@ -8,6 +8,7 @@
 #include <span>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "../base/config.hpp"
 #include "../base/error.hpp"
@@ -70,6 +71,19 @@ class Frames {
     std::byte* data_ = nullptr;
 };
 
+namespace detail {
+
+template <class Map>
+[[nodiscard]] std::vector<page_t> ascending_keys(const Map& pages) {
+    std::vector<page_t> keys;
+    keys.reserve(pages.size());
+    for (const auto& entry : pages) keys.push_back(entry.first);
+    std::sort(keys.begin(), keys.end());
+    return keys;
+}
+
+}  // namespace detail
+
 /// Pages in host memory: a copy each way. Models `PageStore`.
 class MemoryStore {
   public:
@@ -95,6 +109,8 @@ class MemoryStore {
 
     [[nodiscard]] std::span<std::byte> frame(slot_t frame) const { return frames_[frame]; }
     [[nodiscard]] bool contains(page_t page) const { return pages_.contains(page); }
+    /// Those that are kept, ascending.
+    [[nodiscard]] std::vector<page_t> pages() const { return detail::ascending_keys(pages_); }
     /// Number of pages kept.
     [[nodiscard]] std::size_t size() const noexcept { return pages_.size(); }
 
@@ -102,6 +118,6 @@ class MemoryStore {
     Frames frames_;
     std::unordered_map<page_t, std::unique_ptr<std::byte[]>> pages_;
 };
-static_assert(PageStore<MemoryStore>);
+static_assert(HoldsPages<MemoryStore> && ShowsFrames<MemoryStore>);
 
 }  // namespace kvcull::inline KVCULL_ABI

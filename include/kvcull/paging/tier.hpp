@@ -28,6 +28,18 @@ concept PageStore = requires(S store, page_t page, slot_t frame) {
     store.erase(page);         ///< the page is not needed any more; it may never have been written
 };
 
+/// Says which pages it holds: those that were written and not erased.
+template <class S>
+concept HoldsPages = PageStore<S> && requires(const S store, page_t page) {
+    { store.contains(page) } -> std::convertible_to<bool>;
+    { store.pages() } -> std::convertible_to<std::vector<page_t>>;  ///< ascending
+};
+/// Shows the bytes of its frames.
+template <class S>
+concept ShowsFrames = PageStore<S> && requires(const S store, slot_t frame) {
+    { store.frame(frame) } -> std::same_as<std::span<std::byte>>;
+};
+
 /// One page of a step: how it got its frame.
 struct PageVisit {
     page_t page = 0;
@@ -79,6 +91,31 @@ class PageTier {
         open_ = false;
         for (const page_t page : pinned_) cache_.unpin(page);
         pinned_.clear();
+    }
+
+    /// Writes every page in a frame that was changed, so that the store holds them all. O(known pages).
+    /// @throws what the store throws: pages written until then need not be written again.
+    void flush() {
+        for (const page_t page : known_) {
+            if (!cache_.contains(page)) continue;
+            const slot_t slot = cache_.slot_of(page);
+            if (!frames_[slot].dirty) continue;
+            store_.write(page, slot);
+            frames_[slot].dirty = false;
+            ++counts_.write_backs;
+        }
+    }
+    /// Takes a page that the store holds from before, as one that was opened on an old file does: known from
+    /// now on, and fetched when a step needs it. What the store finds wrong with its bytes it says then.
+    /// @throws state_error if the page is known already or the store does not have it; nothing has changed
+    /// then.
+    void adopt(page_t page) requires HoldsPages<Store> {
+        constexpr auto where = "PageTier::adopt";
+        detail::check<error::state_error>(!known_.contains(page), where, "page", page,
+                                          "a page that is not known yet");
+        detail::check<error::state_error>(store_.contains(page), where, "page", page,
+                                          "a page that the store holds");
+        known_.insert(page);
     }
 
     /// For sinks: stays until `unpin`. @throws state_error if it is not resident.
