@@ -10,6 +10,7 @@
 #include "cache/evictor.hpp"
 #include "cache/kv_cache.hpp"
 #include "cache/lookahead.hpp"
+#include "cache/page_attention.hpp"
 #include "cache/saved.hpp"
 #include "cache/steering.hpp"
 #include "integrations/registry.hpp"
