@@ -11,6 +11,7 @@
 #include "cache/kv_cache.hpp"
 #include "cache/lookahead.hpp"
 #include "cache/page_attention.hpp"
+#include "cache/paged_head.hpp"
 #include "cache/saved.hpp"
 #include "cache/steering.hpp"
 #include "integrations/registry.hpp"
