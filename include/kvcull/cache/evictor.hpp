@@ -10,7 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "checks.hpp"
 #include "decision.hpp"
+#include "layer_call.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
 
@@ -39,17 +41,17 @@ class Evictor {
     [[nodiscard]] std::size_t seen() const noexcept { return live_.seen; }
     [[nodiscard]] position_t next_position() const noexcept { return live_.next_position; }
     [[nodiscard]] const State& state(std::size_t layer, std::size_t head) const {
-        check_head("Evictor::state", layer, head);
+        detail::check_head("Evictor::state", shape(), layer, head);
         return live_.states[flat(layer, head)];
     }
     /// Rows that one head may keep; `unlimited` while a ratio waits for the prompt's length.
     [[nodiscard]] std::size_t size(std::size_t layer, std::size_t head) const {
-        check_head("Evictor::size", layer, head);
+        detail::check_head("Evictor::size", shape(), layer, head);
         return live_.sizes[flat(layer, head)];
     }
     /// How rows of a layer move. In one with a window they stay ascending.
     [[nodiscard]] Compaction compaction(std::size_t layer) const {
-        check_layer("Evictor::compaction", layer);
+        detail::check_layer("Evictor::compaction", shape(), layer);
         return shape().layer(layer).window > 0 ? Compaction::ascending : decision_.compaction;
     }
     /// For engines whose rows must stay ascending whatever the policy. Call it before the first token.
@@ -107,16 +109,7 @@ class Evictor {
         detail::check<error::shape_error>(begin >= 0, "Evictor::pin", "begin", begin, "at least 0");
         detail::check<error::shape_error>(begin < end, "Evictor::pin", "end", end,
                                           detail::text("beyond begin = ", begin));
-        std::vector<PositionRange> pinned;
-        for (const PositionRange& range : live_.pinned) {
-            if (range.end < begin || end < range.begin) {
-                pinned.push_back(range);
-            } else {  // one range out of two, so that no row counts twice
-                begin = std::min(begin, range.begin);
-                end = std::max(end, range.end);
-            }
-        }
-        pinned.push_back({begin, end});
+        std::vector<PositionRange> pinned = live_.pinned_with({begin, end});
         if (live_.resolved) decision_.check_pins(pinned, live_.sizes);
         live_.pinned = std::move(pinned);
     }
@@ -178,7 +171,7 @@ class Evictor {
     /// The checks of `admit` alone, for callers that change other things first.
     void check_admit(std::string_view where, std::size_t layer, std::size_t tokens,
                      const AppendInputs& inputs) const {
-        check_layer(where, layer);
+        detail::check_layer(where, shape(), layer);
         detail::check<error::state_error>(live_.admitted[layer] == 0, where, detail::text("layer ", layer),
                                           "already in this step", "end_step first");
         detail::check<error::shape_error>(tokens > 0, where, "tokens", tokens, "at least 1");
@@ -195,13 +188,29 @@ class Evictor {
 
     /// One layer's call: c query tokens over its cached rows, the newest c of which are their own.
     /// @param cached [kv_heads], rows as left by the last plan plus the new ones at the end.
-    /// @param q      [q_heads, c, head_dim], rotated like the keys. @param out [q_heads, c, value_dim] or
+    /// @param q  [q_heads, c, head_dim], rotated like the keys. @param out  [q_heads, c, value_dim], or
     /// empty.
     /// @returns the layer's plan, empty if nothing goes.
     const Plan& step(std::size_t layer, LayerView cached, HeadsView<const float> q,
                      HeadsView<float> out = {}) {
+        const LayerCall call = begin(layer, cached, q, out);
+        decision_.workers.for_each_part(
+            shape().kv_heads, [&](std::size_t h) { return parts(call, h); },
+            [&](std::size_t h) { return call.cost(h); },
+            [&](std::size_t h, detail::TileScratch& scratch) { prepare(call, h, scratch); },
+            [&](std::size_t h, std::size_t part, detail::TileScratch& scratch) {
+                run(call, h, part, scratch);
+            },
+            [&](std::size_t h, detail::TileScratch& scratch) { merge(call, h, scratch); });
+        return finish(call);
+    }
+    /// The acts of `step`, for heads of several sequences side by side: `begin`; then every head, on any
+    /// thread with scratch of its own: `run` all `parts`, if several between `prepare` and `merge`; then
+    /// `finish`.
+    [[nodiscard]] LayerCall begin(std::size_t layer, LayerView cached, HeadsView<const float> q,
+                                  HeadsView<float> out = {}) {
         constexpr std::string_view where = "Evictor::step";
-        check_layer(where, layer);
+        detail::check_layer(where, shape(), layer);
         detail::check<error::state_error>(live_.stepped[layer] == 0, where, detail::text("layer ", layer),
                                           "already in this step", "end_step first");
         const bool admitted = live_.admitted[layer] != 0;
@@ -209,60 +218,63 @@ class Evictor {
         detail::check_heads(where, "q", q, shape().q_heads, admitted ? live_.call_tokens : q.tokens,
                             shape().head_dim);
         if (!out.empty()) detail::check_heads(where, "out", out, shape().q_heads, q.tokens, shape().values());
-        check_cached(where, layer, cached, admitted ? 0 : q.tokens);
-        position_t previous = 0;
-        for (std::size_t h = 0; h < shape().kv_heads; ++h) {
-            const PositionsView positions = cached[h].position;
-            previous = live_.next_position - 1;
-            for (std::size_t i = positions.size() - q.tokens; i < positions.size(); ++i) {
-                detail::check<error::shape_error>(positions[i] > previous, where,
-                                                  detail::text("cached[", h, "].position of a new row"),
-                                                  positions[i], detail::text("beyond ", previous));
-                previous = positions[i];
-                const PositionsView others = cached[0].position;
-                detail::check_size(where, detail::text("cached[", h, "].position of a new row"), previous,
-                                   others[others.size() - positions.size() + i]);
-            }
-        }
+        detail::check_cached(where, shape(), cached, rows_of(layer), admitted ? 0 : q.tokens);
+        const position_t newest = detail::check_new_rows(where, cached, q.tokens, live_.next_position);
         if (live_.call_next != live_.next_position)  // an earlier layer of this call
-            detail::check_size(where, "position of the newest row", previous, live_.call_next - 1);
+            detail::check_size(where, "position of the newest row", newest, live_.call_next - 1);
         if (!admitted) admit(layer, q.tokens);
-
         if (live_.phase == Phase::decode) live_.since[layer] += q.tokens;
         const bool spared = decision_.spares(layer);
-        const Needs needs = spared ? Needs{} : policy().needs(live_.phase);
-        const auto span = decision_.layer(layer);
         const Moment moment = moment_after(q.tokens);
-        const bool evicts = !spared && decides_per_layer() && !pauses(layer, moment) &&
-                            decision_.due_now(live_, span, moment);
-        decision_.workers.for_each_head(shape().kv_heads, [&](std::size_t h, detail::TileScratch& scratch) {
-            HeadStep head = decision_.head_step(live_, flat(layer, h), cached[h], scratch);
-            head.added = q.tokens;
-            head.next_position = previous + 1;
-            head.evicts = evicts;
-            const auto attend_tiles = [&](const auto& observe) {
-                detail::for_each_tile(head, q, h * shape().group(), mask(layer, true), out, needs, scratch,
-                                      observe);
-            };
-            if (spared)
-                attend_tiles([](const HeadStep& /*tile*/) {});
-            else
-                attend_tiles(detail::Observer<P>{policy(), live_.states[flat(layer, h)]});
+        return {.layer = layer,
+                .cached = cached,
+                .q = q,
+                .out = out,
+                .needs = spared ? Needs{} : policy().needs(live_.phase),
+                .spared = spared,
+                .evicts = !spared && decides_per_layer() && !pauses(layer, moment) &&
+                          decision_.due_now(live_, decision_.layer(layer), moment),
+                .next_position = newest + 1,
+                .moment = moment,
+                .mask = mask(layer, true)};
+    }
+    /// A long head's single token runs in parts, unless the policy reads along.
+    [[nodiscard]] std::size_t parts(const LayerCall& call, std::size_t head) const {
+        constexpr bool reads_along = ReadsKeys<P> || ReadsValues<P>;
+        if (call.q.tokens > 1 || call.out.empty() || (reads_along && !call.spared)) return 1;
+        return detail::PartedHead::cut(call, head).count();
+    }
+    void prepare(const LayerCall& call, std::size_t head, detail::TileScratch& scratch) {
+        const HeadStep step = head_step(call, head, scratch);
+        detail::PartedHead(step, call, scratch).prepare();
+    }
+    void run(const LayerCall& call, std::size_t head, std::size_t part, detail::TileScratch& scratch) {
+        const HeadStep step = head_step(call, head, scratch);
+        if (parts(call, head) > 1) return detail::PartedHead(step, call, scratch).run(part);
+        with_observer(call, head, [&](const auto& observe) {
+            detail::for_each_tile(step, call.q, head * shape().group(), call.mask, call.out, call.needs,
+                                  scratch, observe);
         });
-        live_.stepped[layer] = 1;
-        live_.call_next = previous + 1;
+    }
+    void merge(const LayerCall& call, std::size_t head, detail::TileScratch& scratch) {
+        const HeadStep step = head_step(call, head, scratch);
+        with_observer(call, head,
+                      [&](const auto& observe) { detail::PartedHead(step, call, scratch).merge(observe); });
+    }
+    const Plan& finish(const LayerCall& call) {
+        live_.stepped[call.layer] = 1;
+        live_.call_next = call.next_position;
         plan_.clear();
-        if (spared)
-            leave_window(layer, cached);
+        if (call.spared)
+            leave_window(call.layer, call.cached);
         else if (decides_per_layer())
-            decide(span, cached, moment);
-        decision_.forget(live_, cached, plan_);
+            decide(decision_.layer(call.layer), call.cached, call.moment);
+        decision_.forget(live_, call.cached, plan_);
         live_.commit(plan_);
         return plan_;
     }
 
-    /// After the last layer. `cached` (all layers) is needed by policies that decide here; others may leave
-    /// it out.
+    /// After the last layer. Policies that decide here need `cached` (all layers); others may leave it out.
     const Plan& end_step(CacheView cached = {}, const StepInputs& inputs = {}) {
         constexpr std::string_view where = "Evictor::end_step";
         for (std::size_t layer = 0; layer < shape().layers; ++layer)
@@ -331,13 +343,13 @@ class Evictor {
                       HeadsView<const float> v, HeadsView<float> out) {
         constexpr std::string_view where = "Evictor::probe";
         require_idle(where);
-        check_layer(where, layer);
+        detail::check_layer(where, shape(), layer);
         detail::check<error::shape_error>(q.tokens > 0, where, "q.tokens", q.tokens, "at least 1");
         detail::check_heads(where, "q", q, shape().q_heads, q.tokens, shape().head_dim);
         detail::check_heads(where, "k", k, shape().kv_heads, q.tokens, shape().head_dim);
         detail::check_heads(where, "v", v, shape().kv_heads, q.tokens, shape().values());
         detail::check_heads(where, "out", out, shape().q_heads, q.tokens, shape().values());
-        check_cached(where, layer, cached, 0);
+        detail::check_cached(where, shape(), cached, rows_of(layer), 0);
         const Needs asked = policy().needs(Phase::probe);
         const Needs all{.rows = all_rows, .attention = true, .logits = asked.logits, .output = true};
         decision_.workers.for_each_head(shape().kv_heads, [&](std::size_t h, detail::TileScratch& scratch) {
@@ -421,13 +433,7 @@ class Evictor {
         constexpr std::string_view where = "Evictor::rescore";
         require_idle(where);
         check_all(where, cached);
-        detail::check_size(where, "q.size()", q.size(), shape().layers);
-        for (std::size_t layer = 0; layer < q.size(); ++layer) {
-            detail::check_size(where, detail::text("q[", layer, "].tokens"), q[layer].tokens, q[0].tokens);
-            if (q[layer].tokens > 0)  // a policy may have rows of its own
-                detail::check_heads(where, detail::to_text(detail::text("q[", layer, "]")), q[layer],
-                                    shape().q_heads, q[0].tokens, shape().head_dim);
-        }
+        detail::check_queries(where, shape(), q);
         plan_.clear();
         std::vector<std::size_t> sizes = live_.sizes;  // a rule may divide them anew
         try {
@@ -442,7 +448,7 @@ class Evictor {
 
     /// The policy's score of every row of one head, as the next decision would see it; out[n].
     void scores(std::size_t layer, std::size_t head, const HeadView& cached, std::span<float> out) {
-        check_head("Evictor::scores", layer, head);
+        detail::check_head("Evictor::scores", shape(), layer, head);
         detail::check_size("Evictor::scores", "out.size()", out.size(), live_.rows[flat(layer, head)]);
         detail::check_size("Evictor::scores", "cached.rows()", cached.rows(), out.size());
         detail::check<error::state_error>(!decision_.spares(layer), "Evictor::scores",
@@ -485,37 +491,31 @@ class Evictor {
     [[nodiscard]] std::size_t flat(std::size_t layer, std::size_t head) const noexcept {
         return layer * shape().kv_heads + head;
     }
-    void check_layer(std::string_view where, std::size_t layer) const {
-        detail::check<error::shape_error>(layer < shape().layers, where, "layer", layer,
-                                          detail::text("below ", shape().layers));
-    }
-    void check_head(std::string_view where, std::size_t layer, std::size_t head) const {
-        check_layer(where, layer);
-        detail::check<error::shape_error>(head < shape().kv_heads, where, "head", head,
-                                          detail::text("below ", shape().kv_heads));
-    }
     void require_idle(std::string_view where) const {
         detail::check<error::state_error>(live_.call_tokens == 0, where, "call", "inside a step",
                                           "after end_step");
     }
-    void check_cached(std::string_view where, std::size_t layer, LayerView cached, std::size_t added) const {
-        using detail::text;
-        detail::check_size(where, "cached.size()", cached.size(), shape().kv_heads);
-        for (std::size_t h = 0; h < shape().kv_heads; ++h) {
-            const HeadView& head = cached[h];
-            const std::size_t rows = live_.rows[flat(layer, h)] + added;
-            detail::check_size(where, text("cached[", h, "].k.rows()"), head.k.rows(), rows);
-            detail::check_size(where, text("cached[", h, "].v.rows()"), head.v.rows(), rows);
-            detail::check_size(where, text("cached[", h, "].position.size()"), head.position.size(), rows);
-            detail::check_size(where, text("cached[", h, "].k.dim()"), head.k.dim(), shape().head_dim);
-            detail::check_size(where, text("cached[", h, "].v.dim()"), head.v.dim(), shape().values());
-        }
+    [[nodiscard]] std::span<const std::size_t> rows_of(std::size_t layer) const noexcept {
+        return std::span(live_.rows).subspan(flat(layer, 0), shape().kv_heads);
     }
     void check_all(std::string_view where, CacheView cached) const {
-        detail::check_size(where, "cached.kv_heads", cached.kv_heads, shape().kv_heads);
-        detail::check_size(where, "cached.heads.size()", cached.heads.size(), shape().heads());
-        for (std::size_t layer = 0; layer < shape().layers; ++layer)
-            check_cached(where, layer, cached.layer(layer), 0);
+        detail::check_cached(where, shape(), cached, live_.rows);
+    }
+    [[nodiscard]] HeadStep head_step(const LayerCall& call, std::size_t head,
+                                     detail::TileScratch& scratch) const {
+        HeadStep step = decision_.head_step(live_, flat(call.layer, head), call.cached[head], scratch);
+        step.added = call.q.tokens;
+        step.next_position = call.next_position;
+        step.evicts = call.evicts;
+        return step;
+    }
+    /// Calls `use` with what observes the tiles of a head.
+    template <class Use>
+    void with_observer(const LayerCall& call, std::size_t head, const Use& use) {
+        if (call.spared)
+            use([](const HeadStep& /*tile*/) {});
+        else
+            use(detail::Observer<P>{policy(), live_.states[flat(call.layer, head)]});
     }
 
     [[nodiscard]] detail::TokenMask mask(std::size_t layer, bool causal) const noexcept {

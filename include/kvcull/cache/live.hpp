@@ -1,6 +1,7 @@
 #pragma once
 /// Everything that changes over a sequence, as one value: marks, forks and saved states are copies of it.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -52,6 +53,20 @@ struct Live {
           decided(shape.layers, 1),
           gone(shape.layers, 0) {}
 
+    /// The pinned ranges and one more: those that touch become one, so that no row counts twice.
+    [[nodiscard]] std::vector<PositionRange> pinned_with(PositionRange added) const {
+        std::vector<PositionRange> ranges;
+        for (const PositionRange& range : pinned) {
+            if (range.end < added.begin || added.end < range.begin) {
+                ranges.push_back(range);
+            } else {
+                added.begin = std::min(added.begin, range.begin);
+                added.end = std::max(added.end, range.end);
+            }
+        }
+        ranges.push_back(added);
+        return ranges;
+    }
     /// Per-row state and lengths follow a plan that the rows follow too.
     void commit(const Plan& plan) noexcept {
         const std::size_t kv_heads = rows.size() / since.size();

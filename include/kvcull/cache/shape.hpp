@@ -60,7 +60,8 @@ struct AppendInputs {
     MatrixView<const float> attention_input = {};  // [c, D]: what enters the q, k, v projections
 };
 
-/// Runs `body(0) .. body(count - 1)`, in any order and on any threads, and returns when all are done.
+/// Runs `body(0) .. body(count - 1)`, in any order and on any threads, and returns when all are done. What
+/// takes longest comes first: a thread that is free should take the next index, not a share fixed before.
 using Executor = std::function<void(std::size_t count, const std::function<void(std::size_t)>& body)>;
 
 namespace detail {

@@ -9,9 +9,11 @@
 #include <vector>
 
 #include "../attention/attend.hpp"
+#include "../attention/parts.hpp"
 #include "../attention/softmax.hpp"
 #include "../base/memory.hpp"
 #include "../score/concepts.hpp"
+#include "schedule.hpp"
 #include "shape.hpp"
 
 namespace kvcull::inline KVCULL_ABI::detail {
@@ -27,6 +29,7 @@ struct Workers {
     const simd::Kernels* kernels = &simd::kernels();
     Executor executor;
     std::vector<TileScratch> scratch;  // one, or one per head if an executor runs them side by side
+    Schedule schedule;
 
     /// `body(head, scratch)` for every head.
     template <class Body>
@@ -37,6 +40,25 @@ struct Workers {
             executor(count, std::ref(run));  // by reference: std::function would copy it to the heap
         else
             for (std::size_t head = 0; head < count; ++head) run(head);
+    }
+    /// Heads in parts, see `Schedule`: `parts(head)`, `cost(head)`, then `start(head, scratch)`,
+    /// `run(head, part, scratch)` and, of heads with several parts, `merge(head, scratch)`.
+    template <class Count, class Cost, class Start, class Run, class Merge>
+    void for_each_part(std::size_t count, Count&& parts, Cost&& cost, Start&& start, Run&& run,
+                       Merge&& merge) {
+        scratch.resize(std::max(scratch.size(), executor ? count : std::size_t{1}));
+        const auto of = [&](std::size_t head) -> TileScratch& { return scratch[executor ? head : 0]; };
+        schedule.clear();
+        for (std::size_t head = 0; head < count; ++head) {
+            const std::size_t pieces = parts(head);
+            schedule.add(pieces, cost(head) / pieces);
+        }
+        schedule.run(
+            executor, [&](std::size_t head) { start(head, of(head)); },
+            [&](std::size_t head, std::size_t part) { run(head, part, of(head)); },
+            [&](std::size_t head, std::size_t pieces) {
+                if (pieces > 1) merge(head, of(head));
+            });
     }
     [[nodiscard]] TileScratch& scratch_of(std::size_t head) {
         scratch.resize(std::max(scratch.size(), head + 1));
@@ -56,13 +78,15 @@ struct Workers {
 inline void Workers::reserve(const CacheShape& shape, const Needs& needs, std::size_t rows,
                              std::size_t workspace, std::size_t wrapper_workspace) {
     scratch.resize(std::max(scratch.size(), executor ? shape.kv_heads : std::size_t{1}));
+    schedule.reserve(shape.kv_heads, Parts{0, rows}.count());
     const std::size_t tile = shape.group() * tile_tokens(shape.group(), rows);
     for (TileScratch& one : scratch) {
         one.q.get(tile * shape.head_dim);
         one.attention.get(tile * rows);
         if (needs.logits) one.logits.get(tile * rows);
-        one.output.get(tile * shape.values());
-        one.lse.get(tile);
+        const std::size_t most = std::max(tile, (Parts{0, rows}.count() + 1) * shape.group());
+        one.output.get(most * shape.values());
+        one.lse.get(most);
         one.policy.get(workspace);
         one.wrapper.get(wrapper_workspace);
         one.visible.reserve(tile);

@@ -1,0 +1,79 @@
+#pragma once
+/// What an evictor asks of the views that a call brings.
+
+#include <cstddef>
+#include <span>
+#include <string_view>
+
+#include "../base/error.hpp"
+#include "../views.hpp"
+#include "shape.hpp"
+
+namespace kvcull::inline KVCULL_ABI::detail {
+
+inline void check_layer(std::string_view where, const CacheShape& shape, std::size_t layer) {
+    check<error::shape_error>(layer < shape.layers, where, "layer", layer, text("below ", shape.layers));
+}
+inline void check_head(std::string_view where, const CacheShape& shape, std::size_t layer, std::size_t head) {
+    check_layer(where, shape, layer);
+    check<error::shape_error>(head < shape.kv_heads, where, "head", head, text("below ", shape.kv_heads));
+}
+
+/// One layer's views. @param rows [kv_heads], held so far. @param added  that the call brings
+inline void check_cached(std::string_view where, const CacheShape& shape, LayerView cached,
+                         std::span<const std::size_t> rows, std::size_t added) {
+    check_size(where, "cached.size()", cached.size(), shape.kv_heads);
+    for (std::size_t h = 0; h < shape.kv_heads; ++h) {
+        const HeadView& head = cached[h];
+        const std::size_t want = rows[h] + added;
+        check_size(where, text("cached[", h, "].k.rows()"), head.k.rows(), want);
+        check_size(where, text("cached[", h, "].v.rows()"), head.v.rows(), want);
+        check_size(where, text("cached[", h, "].position.size()"), head.position.size(), want);
+        check_size(where, text("cached[", h, "].k.dim()"), head.k.dim(), shape.head_dim);
+        check_size(where, text("cached[", h, "].v.dim()"), head.v.dim(), shape.values());
+    }
+}
+/// All layers' views. @param rows [layers * kv_heads]
+inline void check_cached(std::string_view where, const CacheShape& shape, CacheView cached,
+                         std::span<const std::size_t> rows) {
+    check_size(where, "cached.kv_heads", cached.kv_heads, shape.kv_heads);
+    check_size(where, "cached.heads.size()", cached.heads.size(), shape.heads());
+    for (std::size_t layer = 0; layer < shape.layers; ++layer)
+        check_cached(where, shape, cached.layer(layer), rows.subspan(layer * shape.kv_heads, shape.kv_heads),
+                     0);
+}
+
+/// The newest `added` rows of a layer: ascending positions from `next` on, the same in all heads.
+/// @returns the last of them.
+inline position_t check_new_rows(std::string_view where, LayerView cached, std::size_t added,
+                                 position_t next) {
+    const PositionsView& first = cached[0].position;
+    position_t newest = next - 1;
+    for (std::size_t h = 0; h < cached.size(); ++h) {
+        const PositionsView& positions = cached[h].position;
+        newest = next - 1;
+        for (std::size_t i = 0; i < added; ++i) {
+            const position_t at = positions[positions.size() - added + i];
+            check<error::shape_error>(at > newest, where, text("cached[", h, "].position of a new row"), at,
+                                      text("beyond ", newest));
+            check_size(where, text("cached[", h, "].position of a new row"), at,
+                       first[first.size() - added + i]);
+            newest = at;
+        }
+    }
+    return newest;
+}
+
+/// Look-ahead queries of all layers, [q_heads, R, head_dim] each; R may be 0.
+inline void check_queries(std::string_view where, const CacheShape& shape,
+                          std::span<const HeadsView<const float>> q) {
+    check_size(where, "q.size()", q.size(), shape.layers);
+    for (std::size_t layer = 0; layer < q.size(); ++layer) {
+        check_size(where, text("q[", layer, "].tokens"), q[layer].tokens, q[0].tokens);
+        if (q[layer].tokens > 0)  // a policy may have rows of its own
+            check_heads(where, to_text(text("q[", layer, "]")), q[layer], shape.q_heads, q[0].tokens,
+                        shape.head_dim);
+    }
+}
+
+}  // namespace kvcull::inline KVCULL_ABI::detail
