@@ -43,6 +43,13 @@ struct HeadsView {
         return data + head * head_stride + token * token_stride;
     }
     [[nodiscard]] constexpr bool empty() const noexcept { return data == nullptr; }
+    /// Tokens `first .. first + count - 1`.
+    [[nodiscard]] constexpr HeadsView slice(std::size_t first, std::size_t count) const noexcept {
+        HeadsView part = *this;
+        if (!empty()) part.data += first * token_stride;
+        part.tokens = count;
+        return part;
+    }
 };
 /// `[heads, tokens, dim]`: the rows of one head lie together.
 template <class T>

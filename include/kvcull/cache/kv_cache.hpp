@@ -17,6 +17,10 @@
 
 namespace kvcull::inline KVCULL_ABI {
 
+namespace detail {
+struct JointCalls;
+}
+
 /// Names a state of one cache that `rollback` restores.
 struct Mark {
     std::size_t serial = 0;
@@ -79,14 +83,14 @@ class KVCache {
     /// Bytes allocated: blocks of this cache and of its marks, each once, spare blocks and policy state.
     /// Blocks that a fork shares count in both.
     [[nodiscard]] std::size_t bytes() const {
-        if (marks_.empty()) return storage_.bytes() + evictor_.bytes();
-        distinct_.clear();
-        storage_.collect_blocks(distinct_);
-        for (const Saved& mark : marks_) mark.storage.collect_blocks(distinct_);
-        std::sort(distinct_.begin(), distinct_.end());
-        const auto end = std::unique(distinct_.begin(), distinct_.end());
-        return static_cast<std::size_t>(end - distinct_.begin()) * storage_.layout().block_bytes() +
-               evictor_.bytes();
+        std::vector<const std::byte*> blocks;
+        return count_bytes(blocks);
+    }
+    /// What `prepare(tokens)` takes from the pool now: the most that a step of so many tokens needs beyond
+    /// what the cache holds. For admission. O(blocks).
+    [[nodiscard]] std::size_t step_bytes(std::size_t tokens) const {
+        const std::size_t blocks = step_blocks(tokens);
+        return (blocks - std::min(blocks, storage_.spares())) * storage_.layout().block_bytes();
     }
     /// The most that `bytes()` has been, within steps too.
     [[nodiscard]] std::size_t peak_bytes() const noexcept { return peak_; }
@@ -107,6 +111,15 @@ class KVCache {
         });
         reserved_ = std::max(reserved_, blocks);
         reserved_rows_ = std::max(reserved_rows_, rows);
+        note_peak();
+    }
+    /// Takes now what a step of `tokens` tokens can need, so that no other cache can take it before: the
+    /// calls of that step, if it comes next, do not fail for memory. `prepare(0)` gives it back.
+    /// @throws capacity_error; the cache is then as it was.
+    void prepare(std::size_t tokens) {
+        require_idle("KVCache::prepare");
+        if (tokens == 0) return release_spares();
+        undo_spares_on_error(storage_.spares(), [&] { reserve_step(tokens); });
         note_peak();
     }
     /// Gives spare blocks back, scratch and unused state to the allocator, and the pool's free memory to the
@@ -136,23 +149,11 @@ class KVCache {
     /// @throws shape_error, state_error, capacity_error; the cache is then as it was.
     void append(std::size_t layer, HeadsView<const float> k, HeadsView<const float> v,
                 const AppendInputs& inputs = {}) {
-        constexpr std::string_view where = "KVCache::append";
-        const std::size_t c = k.tokens;
-        evictor_.check_admit(where, layer, c, inputs);
-        detail::check_heads(where, "k", k, shape().kv_heads, c, shape().head_dim);
-        if (shape().latent)
-            detail::check<error::shape_error>(v.empty(), where, "v", "given", "none: values are latent in k");
-        else
-            detail::check_heads(where, "v", v, shape().kv_heads, c, shape().values());
-        const std::size_t spares = storage_.spares();
+        check_append(layer, k, v, inputs);
+        const std::size_t c = k.tokens, spares = storage_.spares();
         if (evictor_.live().call_tokens == 0) {
             set_positions(c, inputs.positions);
             reserve_step(c);
-        } else if (!inputs.positions.empty()) {
-            detail::check<error::shape_error>(std::equal(positions_.begin(), positions_.end(),
-                                                         inputs.positions.begin(), inputs.positions.end()),
-                                              where, "inputs.positions", "another list",
-                                              "that of the step's first layer");
         }
         undo_spares_on_error(spares, [&] {
             // Nothing to do unless earlier layers have not attended, and so have given nothing back yet.
@@ -302,6 +303,8 @@ class KVCache {
     }
 
   private:
+    friend struct detail::JointCalls;
+
     struct Saved {
         std::size_t serial;
         Storage storage;
@@ -355,21 +358,36 @@ class KVCache {
         return storage_.bytes() / storage_.layout().block_bytes() - storage_.spares();
     }
 
-    void set_positions(std::size_t c, std::span<const position_t> given) {
-        const position_t next = evictor_.next_position();
-        if (!given.empty()) {
-            detail::check_size("KVCache::append", "inputs.positions.size()", given.size(), c);
-            position_t previous = next - 1;
-            for (const position_t position : given) {
-                detail::check<error::shape_error>(position > previous, "KVCache::append", "inputs.positions",
-                                                  position, detail::text("beyond ", previous));
-                previous = position;
-            }
-            positions_.assign(given.begin(), given.end());
-        } else {
-            positions_.resize(c);
-            std::iota(positions_.begin(), positions_.end(), next);
+    void check_append(std::size_t layer, HeadsView<const float> k, HeadsView<const float> v,
+                      const AppendInputs& inputs) const {
+        constexpr std::string_view where = "KVCache::append";
+        const std::size_t c = k.tokens;
+        evictor_.check_admit(where, layer, c, inputs);
+        detail::check_heads(where, "k", k, shape().kv_heads, c, shape().head_dim);
+        if (shape().latent)
+            detail::check<error::shape_error>(v.empty(), where, "v", "given", "none: values are latent in k");
+        else
+            detail::check_heads(where, "v", v, shape().kv_heads, c, shape().values());
+        const std::span<const position_t> given = inputs.positions;
+        if (given.empty()) return;
+        detail::check_size(where, "inputs.positions.size()", given.size(), c);
+        if (evictor_.live().call_tokens != 0)
+            detail::check<error::shape_error>(std::equal(given.begin(), given.end(), positions_.begin()),
+                                              where, "inputs.positions", "another list",
+                                              "that of the step's first layer");
+        position_t previous = evictor_.next_position() - 1;
+        for (const position_t position : given) {
+            detail::check<error::shape_error>(position > previous, where, "inputs.positions", position,
+                                              detail::text("beyond ", previous));
+            previous = position;
         }
+    }
+    void set_positions(std::size_t c, std::span<const position_t> given) {
+        positions_.resize(c);
+        if (given.empty())
+            std::iota(positions_.begin(), positions_.end(), evictor_.next_position());
+        else
+            std::copy(given.begin(), given.end(), positions_.begin());
     }
     /// Blocks that one layer takes for `c` rows and the eviction that may follow, and those it gives back.
     struct Demand {
@@ -385,16 +403,20 @@ class KVCache {
     }
     /// Blocks for the whole step, whatever the order of layers: what each keeps in the end, and what one of
     /// them needs on top until it has evicted. So one layer is uncompressed at a time.
-    void reserve_step(std::size_t c) {
-        std::size_t kept = 0, passing = 0, rows = 0;
+    [[nodiscard]] std::size_t step_blocks(std::size_t c) const {
+        std::size_t kept = 0, passing = 0;
         for (std::size_t layer = 0; layer < shape().layers; ++layer) {
             const Demand one = demand(layer, c);
             kept += one.takes - std::min(one.takes, one.gives);
             passing = std::max(passing, std::min(one.takes, one.gives));
         }
+        return kept + passing;
+    }
+    void reserve_step(std::size_t c) {
+        std::size_t rows = 0;
         for (std::size_t i = 0; i < views_.size(); ++i) rows = std::max(rows, storage_.rows(i) + c);
         storage_.reserve_rows(rows);
-        storage_.reserve_spares(kept + passing);
+        storage_.reserve_spares(step_blocks(c));
         storage_.keep_freed(true);
     }
     /// Blocks that evictions of layers may copy which have new rows and have not attended to them yet.
@@ -439,7 +461,18 @@ class KVCache {
         apply(plan);
         release_spares();
     }
-    void note_peak() { peak_ = std::max(peak_, bytes()); }
+    /// `bytes()`. @param blocks  memory to count in
+    [[nodiscard]] std::size_t count_bytes(std::vector<const std::byte*>& blocks) const {
+        if (marks_.empty()) return storage_.bytes() + evictor_.bytes();
+        blocks.clear();
+        storage_.collect_blocks(blocks);
+        for (const Saved& mark : marks_) mark.storage.collect_blocks(blocks);
+        std::sort(blocks.begin(), blocks.end());
+        const auto end = std::unique(blocks.begin(), blocks.end());
+        return static_cast<std::size_t>(end - blocks.begin()) * storage_.layout().block_bytes() +
+               evictor_.bytes();
+    }
+    void note_peak() { peak_ = std::max(peak_, count_bytes(blocks_)); }
     void apply(const Plan& plan) noexcept {
         for (std::size_t i = 0; i < plan.size(); ++i)
             storage_.apply(flat(plan[i].layer, plan[i].head), plan[i].moves, plan[i].keep.size());
@@ -458,8 +491,8 @@ class KVCache {
     Storage storage_;
     std::vector<Saved> marks_;
     std::vector<HeadView> views_;
-    std::vector<position_t> positions_;  // of the call that runs now
-    mutable std::vector<const std::byte*> distinct_;
+    std::vector<position_t> positions_;     // of the call that runs now
+    std::vector<const std::byte*> blocks_;  // scratch of `note_peak`
     std::size_t reserved_ = 0, reserved_rows_ = 0, peak_ = 0, next_mark_ = 0;
 };
 
