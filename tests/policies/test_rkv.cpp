@@ -24,8 +24,10 @@ std::vector<position_t> range(std::size_t begin, std::size_t end) {
     return positions;
 }
 /// Scores of one head after a prompt in one call, before anything is evicted.
-std::vector<float> scores(const RKV& policy, const Stream& stream, std::size_t head = 0) {
+std::vector<float> scores(const RKV& policy, const Stream& stream, std::size_t head = 0,
+                          const Bias& bias = {}) {
     KVCache cache(stream.shape, policy, Budget{.tokens = 1000});
+    cache.set_bias(bias);
     feed_prompt(cache, stream, 0, stream.tokens, stream.tokens);
     return cache.scores(0, head);
 }
@@ -34,8 +36,10 @@ std::vector<std::vector<position_t>> keep(const RKV& policy, const Stream& strea
     feed_prompt(cache, stream, 0, stream.tokens, stream.tokens);
     return all_positions(cache);
 }
-/// Attention of the last `window` tokens to the tokens before them, by definition and in doubles.
-std::vector<double> naive_importance(const Stream& stream, const RKV& policy, std::size_t head) {
+/// Attention of the last `window` tokens to the tokens before them, by definition and in doubles. `slopes`:
+/// per query head, of ALiBi.
+std::vector<double> naive_importance(const Stream& stream, const RKV& policy, std::size_t head,
+                                     const std::vector<float>& slopes = {}) {
     const std::size_t dim = stream.shape.head_dim, group = stream.shape.group(),
                       candidates = stream.tokens - policy.window, reach = policy.kernel / 2;
     std::vector<double> mean(candidates), pooled(candidates);
@@ -48,7 +52,12 @@ std::vector<double> naive_importance(const Stream& stream, const RKV& policy, st
                 for (std::size_t c = 0; c < dim; ++c)
                     logit += static_cast<double>(stream.queries(0, t, 1).row(head * group + g, 0)[c]) *
                              static_cast<double>(stream.keys(0, j, 1).row(head, 0)[c]);
-                weights[j] = std::max(weights[j], logit / std::sqrt(static_cast<double>(dim)));
+                logit /= std::sqrt(static_cast<double>(dim));
+                const double cap = stream.shape.softcap;
+                if (cap > 0) logit = cap * std::tanh(logit / cap);
+                if (!slopes.empty())
+                    logit -= static_cast<double>(slopes[head * group + g]) * static_cast<double>(t - j);
+                weights[j] = std::max(weights[j], logit);
             }
             sum += weights[j] = std::exp(weights[j]);
         }
@@ -111,6 +120,27 @@ TEST_CASE("importance is the softmax of the group's largest logits over the cand
                     near = near && close(got[j], want[j], 1e-4, 1e-7);
                 CHECK(near);
             }
+}
+
+TEST_CASE("importance follows softcap and bias", "[differential]") {
+    Stream stream = random_stream(small, n, 7, 2.0F);
+    stream.shape.softcap = 1.5F;
+    const std::vector<float> slopes{0.01F, 0.2F, 0.05F, 0.3F, 0.02F, 0.1F};
+    for (const std::size_t window : {3U, 40U})
+        for (std::size_t head = 0; head < 2; ++head) {
+            const RKV policy{.window = window, .kernel = 3, .sigma = 1.0F};
+            const auto agrees = [&](const Bias& bias, const std::vector<float>& by) {
+                const std::vector<double> want = naive_importance(stream, policy, head, by);
+                const std::vector<float> got = scores(policy, stream, head, bias);
+                bool near = true;
+                for (std::size_t j = 0; j < want.size(); ++j)
+                    near = near && close(got[j], want[j], 1e-4, 1e-7);
+                return near;
+            };
+            CHECK(agrees({}, {}));
+            CHECK(agrees(alibi(slopes), slopes));
+            CHECK_FALSE(agrees({}, slopes));
+        }
 }
 
 TEST_CASE("the score weighs importance against redundancy, and the window is above all", "[differential]") {

@@ -18,6 +18,7 @@ namespace kvcull::inline KVCULL_ABI {
 struct RKV {
     static constexpr std::string_view name = "rkv";
     static constexpr bool bounded = true;  // scores lie within [-1, 1]
+    static constexpr bool follows_logits = true;
     struct State {
         QueryRing queries;
 
@@ -103,11 +104,18 @@ struct RKV {
         for (std::size_t first = 0; first < rows; first += vote_tile) {
             const std::size_t tokens = std::min(vote_tile, rows - first);
             for (std::size_t g = 0; g < step.group; ++g) {
+                float* const own = g == 0 ? largest : logits;
                 detail::for_each_piece(
                     step.cached.k, 0, count, [&](const RowsView::Run& piece, const std::byte* next) {
                         detail::dots(*step.kernels, q + (g * rows + first) * dim, dim, tokens, step.cached.k,
-                                     piece, step.scale, (g == 0 ? largest : logits) + piece.first, count,
-                                     next);
+                                     piece, step.scale, own + piece.first, count, next);
+                    });
+                with_logit_rule(
+                    step, [g](std::size_t /*row*/) { return g; },
+                    [&](std::size_t row) { return state.queries.position(first + row); },
+                    [&](const LogitRule& rule) {
+                        for (std::size_t i = 0; i < tokens; ++i)
+                            detail::finish_logits(rule, i, 0, {own + i * count, count});
                     });
                 if (g > 0) step.kernels->maximum(largest, logits, tokens * count);
             }
