@@ -27,12 +27,14 @@ float read_real(const GoldenFile& file, const std::string& key, float otherwise)
     return file.has(key) ? static_cast<float>(file.real(key)) : otherwise;
 }
 SkipKV<> read_policy(const GoldenFile& file) {
-    return {rkv::read_policy(file),
-            {.delimiters = read_ids(file, "delimiters"),
-             .markers = read_ids(file, "markers"),
-             .tau = read_real(file, "tau", 0.95F),
-             .merge = file.count("merge", 1) != 0,
-             .min_sentence_tokens = file.count("min_sentence_tokens", 2)}};
+    SkipKV<> policy{rkv::read_policy(file),
+                    {.delimiters = read_ids(file, "delimiters"),
+                     .markers = read_ids(file, "markers"),
+                     .tau = read_real(file, "tau", 0.95F),
+                     .merge = file.count("merge", 1) != 0,
+                     .min_sentence_tokens = file.count("min_sentence_tokens", 2)}};
+    policy.prune = false;  // the whole table is compared
+    return policy;
 }
 Steering read_steering(const GoldenFile& file) {
     Steering steering{.delimiters = read_ids(file, "delimiters"),
@@ -77,6 +79,12 @@ void compare_sentences(GoldenFile& file, const Log& log, const SentenceTable& la
     std::vector<std::int64_t> spans, peers;
     std::vector<std::uint8_t> marked;
     std::vector<float> embeddings, similarities, alphas;
+    const auto index_of = [&](position_t end) -> std::int64_t {
+        const auto all = last.sentences();
+        const auto found =
+            std::find_if(all.begin(), all.end(), [end](const Sentence& one) { return one.end == end; });
+        return found == all.end() ? -1 : found - all.begin();
+    };
     for (std::size_t j = 0; j < last.sentences().size() && last.sentences()[j].closed; ++j, ++closed) {
         const Sentence& one = last.sentences()[j];
         spans.insert(spans.end(), {one.begin, one.end});
@@ -88,7 +96,7 @@ void compare_sentences(GoldenFile& file, const Log& log, const SentenceTable& la
         for (std::size_t j = 0; j < closed; ++j) {
             const Sentence one = j < table.sentences().size() ? table.sentences()[j] : Sentence{};
             similarities.push_back(one.similarity);
-            peers.push_back(one.peer);
+            peers.push_back(index_of(one.peer));
         }
     const Steering steering{.alpha0 = read_real(file, "alpha0", 1.25F),
                             .gamma = read_real(file, "gamma", 0.02F)};

@@ -20,6 +20,12 @@ const CacheShape small{.layers = 2, .q_heads = 4, .kv_heads = 2, .head_dim = 16}
 constexpr std::size_t tokens = 160, hidden_size = 12, prompt = 37, budget = 40;
 const SentenceRules rules{.delimiters = {2, 3}, .markers = {5}};
 const SkipKV<> skip{{.window = 6, .interval = 16, .kernel = 3}, rules};
+/// Keeps all sentences, so that tables can be compared whatever was evicted.
+const SkipKV<> recalling = [] {
+    SkipKV<> policy = skip;
+    policy.prune = false;
+    return policy;
+}();
 const RKV plain{.window = 6, .interval = 16, .kernel = 3};
 
 /// Sentences about one of four subjects; those about one subject have hidden states alike.
@@ -163,17 +169,17 @@ TEST_CASE("tokens of sentences said again leave before all others, eviction afte
 
 TEST_CASE("the table depends on tokens and hidden states alone, however they are cut into calls",
           "[property]") {
-    KVCache one(small, skip, Budget{.tokens = budget});
+    KVCache one(small, recalling, Budget{.tokens = budget});
     speak(one, 0, tokens);
     REQUIRE(table_of(one).any_redundant());
     for (const std::size_t chunk : {1U, 5U, 16U})
         for (const std::size_t call : {1U, 3U, 7U}) {
-            KVCache other(small, skip, Budget{.tokens = budget});
+            KVCache other(small, recalling, Budget{.tokens = budget});
             speak(other, 0, tokens, chunk, call);
             CAPTURE(chunk, call);
             CHECK(same(table_of(other), table_of(one)));
         }
-    SkipKV<> different = skip;
+    SkipKV<> different = recalling;
     different.sigma = 0.7F;
     KVCache larger(small, different, Budget{.tokens = 90});
     speak(larger, 0, tokens);
@@ -203,6 +209,72 @@ TEST_CASE("a prompt is one step: it is evicted first, and its sentences are comp
         CHECK(spoken(64, announced));        // a multiple of 16: compared at the prompt's end
         CHECK_FALSE(spoken(72, announced));  // not one
     }
+}
+
+TEST_CASE("on a long stream the table holds what the heads still hold, and nothing else changes",
+          "[property]") {
+    constexpr std::size_t length = 1600;
+    const Stream long_stream = random_stream(small, length, 21);
+    const Text long_text(22, length);
+    const auto check = [&](const auto& base) {
+        using Skip = SkipKV<std::remove_cvref_t<decltype(base)>>;
+        Skip forgets{base, rules, 16}, recalls{base, rules, 16};
+        recalls.prune = false;
+        KVCache cache(small, forgets, Budget{.tokens = budget}),
+            all(small, recalls, Budget{.tokens = budget});
+        std::vector<std::size_t> sizes;
+        for (std::size_t at = 0; at < length; at += 16) {
+            for (std::size_t i = at; i < at + 16; ++i) {
+                feed(cache, long_stream, i, 1, long_text.inputs(i, 1));
+                feed(all, long_stream, i, 1, long_text.inputs(i, 1));
+            }
+            REQUIRE((snapshot(cache) == snapshot(all)));
+            REQUIRE(table_of(cache).non_execution_count() == table_of(all).non_execution_count());
+            sizes.push_back(table_of(cache).sentences().size());
+        }
+        // No more sentences than rows that could hold one each, after any number of tokens.
+        const std::size_t rows = small.heads() * (budget + 2 * 16);
+        CHECK(*std::max_element(sizes.begin(), sizes.end()) <= rows);
+        CHECK(*std::max_element(sizes.begin() + 50, sizes.end()) <
+              *std::max_element(sizes.begin(), sizes.begin() + 50) + 10);
+        CHECK(table_of(all).sentences().size() > 2 * sizes.back());
+    };
+    check(plain);
+    check(H2O{});
+}
+
+TEST_CASE("with the trigger newline a head evicts where a sentence ends, however calls are cut",
+          "[property]") {
+    SkipKV<> policy = skip;
+    policy.trigger = Trigger::newline;
+    for (const std::size_t call : {1U, 3U, 7U})
+        for_each_driver(small, policy, {.tokens = budget}, [&](auto& cache, const std::string& driver) {
+            CAPTURE(driver, call);
+            speak(cache, 0, prompt);
+            std::size_t evictions = 0, waits = 0;
+            for (std::size_t at = prompt; at < tokens; at += call) {
+                const std::size_t count = std::min(call, tokens - at), before = cache.rows(1, 0) + count;
+                speak(cache, at, at + count, prompt, call);
+                const auto first = text.ids.begin() + static_cast<std::ptrdiff_t>(at);
+                const bool ends = std::count(first, first + static_cast<std::ptrdiff_t>(count), 2) > 0;
+                CHECK(cache.rows(1, 0) == (ends ? std::min(before, budget) : before));
+                evictions += ends && before > budget ? 1 : 0;
+                waits += !ends && before > budget ? 1 : 0;
+            }
+            CHECK(evictions > 5);
+            CHECK(waits > (call == 7 ? 0 : 5));
+        });
+}
+
+TEST_CASE("where no token ids are given the trigger newline evicts after every call", "[property]") {
+    SkipKV<> policy = skip;
+    policy.trigger = Trigger::newline;
+    KVCache cache(small, policy, Budget{.tokens = budget});
+    feed_prompt(cache, stream, 0, prompt, prompt);
+    feed_decode(cache, stream, prompt, 100);
+    CHECK(cache.rows(0, 0) == budget);
+    feed_decode(cache, stream, 100, 101);
+    CHECK(cache.rows(0, 0) == budget);
 }
 
 TEST_CASE("marks and forks take the sentences along", "[property]") {
@@ -258,7 +330,8 @@ TEST_CASE("sentences are found by the positions that the caller gives", "[proper
     };
     Stream gaps = stream;
     for (std::size_t t = 0; t < tokens; ++t) gaps.positions.push_back(position_of(t));
-    KVCache cache(small, skip, Budget{.tokens = budget}), want(small, skip, Budget{.tokens = budget});
+    KVCache cache(small, recalling, Budget{.tokens = budget}),
+        want(small, recalling, Budget{.tokens = budget});
     speak(want, 0, tokens);
     cache.begin_prompt(prompt);
     for (std::size_t at = 0; at < tokens;) {
@@ -327,13 +400,13 @@ TEST_CASE("hidden states of another size are refused, and nothing has changed", 
 TEST_CASE("hidden states that are not finite spoil their sentence and no other", "[property]") {
     Text bad = text;
     const SentenceTable clean = [&] {
-        KVCache cache(small, skip, Budget{.tokens = budget});
+        KVCache cache(small, recalling, Budget{.tokens = budget});
         speak(cache, 0, tokens);
         return table_of(cache);
     }();
     std::size_t hit = clean.sentences().size() / 3;
     bad.hidden[static_cast<std::size_t>(clean.sentences()[hit].begin) * hidden_size] = quiet_nan();
-    KVCache cache(small, skip, Budget{.tokens = budget});
+    KVCache cache(small, recalling, Budget{.tokens = budget});
     speak(cache, 0, tokens, prompt, 1, bad);
     CHECK_FALSE(table_of(cache).sentences()[hit].embedded);
     for (std::size_t i = 0; i < clean.sentences().size(); ++i)
@@ -350,5 +423,9 @@ TEST_CASE("parameters of SkipKV that make no sense are refused", "[contract]") {
     CHECK(refused({{}, {}, 0}) == "SkipKV: compare_interval is 0, want at least 1");
     CHECK(refused({{}, {.delimiters = {4}, .markers = {4}}}) ==
           "SkipKV: markers is a delimiter too, want tokens that end no sentence");
+    SkipKV<> endless{{.window = 4}};
+    endless.trigger = Trigger::newline;
+    CHECK(refused(endless) ==
+          "SkipKV: delimiters is none, want what ends a sentence, as the trigger is newline");
     KVCache good(small, skip, Budget{.tokens = 7});
 }

@@ -1,5 +1,6 @@
 #include "kvcull/score/sentences.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -26,8 +27,9 @@ void feed(SentenceTable& table, const std::vector<std::int32_t>& tokens, std::si
         table.feed(by, static_cast<position_t>(first + i), tokens[i], hidden);
     }
 }
-std::vector<std::vector<position_t>> spans(const SentenceTable& table) {
-    std::vector<std::vector<position_t>> all;
+using Positions = std::vector<std::vector<position_t>>;
+Positions spans(const SentenceTable& table) {
+    Positions all;
     for (const Sentence& one : table.sentences()) all.push_back({one.begin, one.end});
     return all;
 }
@@ -39,10 +41,24 @@ SentenceTable scored(const std::vector<std::int32_t>& tokens, const SentenceRule
 }
 std::vector<std::ptrdiff_t> peers(const SentenceTable& table) {
     std::vector<std::ptrdiff_t> all;
-    for (const Sentence& one : table.sentences()) all.push_back(one.peer);
+    for (const Sentence& one : table.sentences()) {
+        const auto sentences = table.sentences();
+        const auto peer = std::find_if(sentences.begin(), sentences.end(),
+                                       [&](const Sentence& other) { return other.end == one.peer; });
+        all.push_back(peer == sentences.end() ? -1 : peer - sentences.begin());
+    }
     return all;
 }
-using Spans = std::vector<std::vector<position_t>>;
+/// Heads that hold these positions.
+void prune(SentenceTable& table, const Positions& held) {
+    const std::vector<float> row(1);
+    std::vector<HeadView> heads;
+    for (const std::vector<position_t>& positions : held) {
+        const RowsView rows(row.data(), positions.size(), 1, 0);
+        heads.push_back({rows, rows, std::span(positions)});
+    }
+    table.prune({heads, 1});
+}
 using Peers = std::vector<std::ptrdiff_t>;
 
 }  // namespace
@@ -68,7 +84,7 @@ TEST_CASE("a set of ids is read from text and knows its members", "[property]") 
 TEST_CASE("a stream falls into sentences at delimiters, and a run of them is one end", "[property]") {
     SentenceTable table;
     feed(table, {10, 11, 2, 12, 13, 3, 2, 2, 14, 15});
-    CHECK((spans(table) == Spans{{0, 2}, {3, 7}, {8, 9}}));
+    CHECK((spans(table) == Positions{{0, 2}, {3, 7}, {8, 9}}));
     CHECK(table.sentences()[1].count == 5);
     CHECK(table.sentences()[1].closed);
     CHECK_FALSE(table.sentences()[2].closed);
@@ -77,16 +93,16 @@ TEST_CASE("a stream falls into sentences at delimiters, and a run of them is one
     apart.merge = false;
     SentenceTable each;
     feed(each, {10, 11, 2, 12, 13, 3, 2, 2, 14, 15}, 0, apart);
-    CHECK((spans(each) == Spans{{0, 2}, {3, 5}, {6, 6}, {7, 7}, {8, 9}}));
+    CHECK((spans(each) == Positions{{0, 2}, {3, 5}, {6, 6}, {7, 7}, {8, 9}}));
 }
 
 TEST_CASE("delimiters before any sentence, or after a comparison, are sentences of their own", "[property]") {
     SentenceTable table;
     feed(table, {2, 3, 3});
-    CHECK((spans(table) == Spans{{0, 2}}));  // the first one is a sentence, which the others extend
+    CHECK((spans(table) == Positions{{0, 2}}));  // the first one is a sentence, which the others extend
     table.score(rules, simd::kernels());
     feed(table, {2, 10}, 3);
-    CHECK((spans(table) == Spans{{0, 2}, {3, 3}, {4, 4}}));
+    CHECK((spans(table) == Positions{{0, 2}, {3, 3}, {4, 4}}));
     table.score(rules, simd::kernels());
     CHECK(table.sentences()[0].embedded);  // three tokens without direction
     CHECK_FALSE(table.sentences()[1].embedded);
@@ -229,7 +245,7 @@ TEST_CASE("tokens that are taken back leave no sentence behind, and no likeness 
     CHECK((peers(table) == Peers{2, -1, -1, -1}));
     SentenceTable cut = table;
     feed(cut, {14}, 4);  // inside the second sentence
-    CHECK((spans(cut) == Spans{{0, 2}, {3, 4}}));
+    CHECK((spans(cut) == Positions{{0, 2}, {3, 4}}));
     CHECK_FALSE(cut.any_redundant());
     CHECK_FALSE(cut.sentences()[1].closed);
     feed(cut, {2, 10, 10, 2}, 5);
@@ -239,12 +255,73 @@ TEST_CASE("tokens that are taken back leave no sentence behind, and no likeness 
     CHECK(cut.sentences()[2].embedded);
     SentenceTable whole = table;
     feed(whole, {10, 10, 2}, 0);  // all of it
-    CHECK((spans(whole) == Spans{{0, 2}}));
+    CHECK((spans(whole) == Positions{{0, 2}}));
     CHECK_FALSE(whole.any_redundant());
     SentenceTable last = table;
     feed(last, {13}, 8);  // the delimiter of the sentence that made the first one redundant
-    CHECK((spans(last) == Spans{{0, 2}, {3, 5}, {6, 8}}));
+    CHECK((spans(last) == Positions{{0, 2}, {3, 5}, {6, 8}}));
     CHECK_FALSE(last.any_redundant());
+}
+
+TEST_CASE("sentences that no head holds a row of leave, and the others stay what they were", "[property]") {
+    const std::vector<std::int32_t> text{10, 10, 2, 5, 11, 2, 10, 12, 2, 10, 10, 2, 13, 2, 14, 15};
+    const SentenceTable whole = scored(text);
+    REQUIRE((spans(whole) == Positions{{0, 2}, {3, 5}, {6, 8}, {9, 11}, {12, 13}, {14, 15}}));
+    REQUIRE((peers(whole) == Peers{3, -1, -1, -1, -1, -1}));
+    SentenceTable table = whole;
+    prune(table, {});  // nothing is known of the rows
+    CHECK((spans(table) == spans(whole)));
+    prune(table, {{14, 7, 2}, {13, 15}});  // in any order
+    CHECK((spans(table) == Positions{{0, 2}, {6, 8}, {12, 13}, {14, 15}}));
+    CHECK(same_bits(table.similarity_at(1), whole.similarity_at(1)));
+    CHECK(table.any_redundant());
+    CHECK(same_bits(table.embedding(1), whole.embedding(2)));
+    CHECK(same_bits(table.embedding(2), whole.embedding(4)));
+    CHECK(table.non_execution_count() == 1);  // its sentence is gone
+    // What is said later meets those that are left as it would have met all of them.
+    SentenceTable all = whole;
+    for (SentenceTable* each : {&table, &all}) {
+        feed(*each, {2, 10, 12, 2, 11, 2}, 16);
+        each->score(rules, simd::kernels());
+    }
+    CHECK(table.similarity_at(7) > 0.9F);
+    for (const position_t left : {0, 1, 2, 6, 7, 8, 12, 13, 14, 18, 21})
+        CHECK(same_bits(table.similarity_at(left), all.similarity_at(left)));
+    // The last one stays, and so does what was not compared yet.
+    feed(table, {16, 2, 17}, 22);
+    prune(table, {{}});
+    CHECK((spans(table) == Positions{{22, 23}, {24, 24}}));
+    CHECK_FALSE(table.any_redundant());
+}
+
+TEST_CASE("what is said in the place of a sentence that has left has no embedding", "[property]") {
+    const SentenceTable whole = scored({10, 10, 2, 11, 11, 2, 12, 12, 2, 10, 2});
+    const auto said_from = [&](position_t cut) {
+        SentenceTable table = whole;
+        prune(table, {{0, 9}});
+        feed(table, {12, 2, 12, 12, 2}, static_cast<std::size_t>(cut));
+        table.score(rules, simd::kernels());
+        return table;
+    };
+    const SentenceTable inside = said_from(7);  // of the third sentence, which has left
+    CHECK((spans(inside) == Positions{{0, 2}, {7, 8}, {9, 11}}));
+    CHECK_FALSE(inside.sentences()[1].embedded);
+    CHECK(inside.sentences()[2].embedded);
+    CHECK_FALSE(inside.any_redundant());  // what was like the first one is taken back
+    const SentenceTable after = said_from(9);
+    CHECK((spans(after) == Positions{{0, 2}, {9, 10}, {11, 13}}));
+}
+
+TEST_CASE("tokens since the newest delimiter are counted", "[property]") {
+    SentenceTable table;
+    CHECK(table.tokens_since_end() == 0);
+    std::vector<std::size_t> counts;
+    std::size_t at = 0;
+    for (const std::int32_t token : {10, 11, 2, 3, 12, 2}) {
+        feed(table, {token}, at++);
+        counts.push_back(table.tokens_since_end());
+    }
+    CHECK((counts == std::vector<std::size_t>{1, 2, 0, 0, 1, 0}));
 }
 
 TEST_CASE("hidden states of another size are refused, and so are rules that make no sense", "[contract]") {

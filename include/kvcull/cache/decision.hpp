@@ -159,6 +159,8 @@ class Decision {
         const bool pooled = scope() == Scope::layer_pooled || pools_model();
         moment.layer = span.first / shape.kv_heads;
         moment.since = live.since[moment.layer] + (moment.phase == Phase::decode ? coming : 0);
+        if constexpr (Waits<P>)
+            if (!policy.ready(live.sequence, moment)) return false;
         std::size_t heads = 0;
         for (std::size_t i = span.first; i < span.first + span.count; ++i) {
             if (spares(i / shape.kv_heads)) continue;

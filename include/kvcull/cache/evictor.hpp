@@ -569,7 +569,7 @@ class Evictor {
     [[nodiscard]] StepInputs completed(StepInputs inputs, CacheView cached) const {
         inputs.phase = live_.phase;
         inputs.seen = live_.seen;
-        if (!cached.heads.empty()) inputs.positions = cached.heads[0].position;
+        inputs.cached = cached;
         inputs.kernels = decision_.workers.kernels;
         return inputs;
     }

@@ -120,14 +120,15 @@ struct StepInputs {
 
     // What the evictor adds.
     Phase phase = Phase::decode;
-    std::size_t seen = 0;          // tokens of the sequence before this call
-    PositionsView positions = {};  // of a head's rows, the call's at the end; empty: as counted by `seen`
+    std::size_t seen = 0;   // tokens of the sequence before this call
+    CacheView cached = {};  // all rows, the call's at the end; empty at the end of a prompt
     const simd::Kernels* kernels = &simd::kernels();
 
     /// Of token i of the c tokens.
     [[nodiscard]] position_t position(std::size_t i) const noexcept {
-        return positions.size() < tokens.size() ? static_cast<position_t>(seen + i)
-                                                : positions[positions.size() - tokens.size() + i];
+        const PositionsView rows = cached.heads.empty() ? PositionsView() : cached.heads[0].position;
+        return rows.size() < tokens.size() ? static_cast<position_t>(seen + i)
+                                           : rows[rows.size() - tokens.size() + i];
     }
 };
 
@@ -196,6 +197,13 @@ concept SequenceState = std::copyable<typename P::Sequence> &&
 template <class P>
 concept EndsPrompt = requires(const P policy, typename P::Sequence sequence, const StepInputs& inputs) {
     policy.end_prompt(sequence, inputs);
+};
+
+/// Delays an eviction that is due for as long as the sequence says so.
+template <class P>
+concept Waits = SequenceState<P> &&
+    requires(const P policy, const typename P::Sequence& sequence, const Moment& moment) {
+    { policy.ready(sequence, moment) } -> std::same_as<bool>;
 };
 
 template <class P>

@@ -86,7 +86,7 @@ struct Sentence {
     position_t begin = 0, end = 0;  // of its first and last token
     std::size_t count = 0;          // tokens
     float similarity = 0.0F;        // to the latest later sentence like it; 0: there is none
-    std::ptrdiff_t peer = -1;       // index of that one
+    position_t peer = -1;           // the last token of that one
     bool non_execution = false;     // holds a marker
     bool closed = false, scored = false;
     bool known = true;      // the hidden states of all its tokens were given
@@ -94,7 +94,8 @@ struct Sentence {
 };
 
 /// The sentences of one sequence, in order; all layers and heads share them. Depends on tokens and hidden
-/// states alone. Memory: 4 D + 64 bytes per sentence, where D is the size of a hidden state.
+/// states alone, and after `prune` on which of them are still held. Memory: 4 D + 64 bytes per sentence,
+/// where D is the size of a hidden state.
 class SentenceTable {
   public:
     SentenceTable() = default;
@@ -108,22 +109,23 @@ class SentenceTable {
     [[nodiscard]] std::span<const float> embedding(std::size_t index) const noexcept {
         return {vectors_.data() + index * dim_, dim_};
     }
-    /// Closed sentences that hold a marker.
+    /// Closed sentences that hold a marker; those that left count on, even if their tokens are taken back.
     [[nodiscard]] std::size_t non_execution_count() const noexcept {
-        return static_cast<std::size_t>(
-            std::count_if(sentences_.begin(), sentences_.end(),
-                          [](const Sentence& one) { return one.closed && one.non_execution; }));
+        return left_non_execution_ + static_cast<std::size_t>(std::count_if(
+                                         sentences_.begin(), sentences_.end(), [](const Sentence& one) {
+                                             return one.closed && one.non_execution;
+                                         }));
+    }
+    /// Tokens after the newest delimiter; 0 if there is no token.
+    [[nodiscard]] std::size_t tokens_since_end() const noexcept {
+        return sentences_.empty() || sentences_.back().closed ? 0 : sentences_.back().count;
     }
     /// Whether any sentence is said again later.
     [[nodiscard]] bool any_redundant() const noexcept { return redundant_; }
     /// Similarity of the sentence around a position, 0 outside all.
     [[nodiscard]] float similarity_at(position_t position) const noexcept {
-        const auto after =
-            std::upper_bound(sentences_.begin(), sentences_.end(), position,
-                             [](position_t at, const Sentence& one) { return at < one.begin; });
-        if (after == sentences_.begin()) return 0.0F;
-        const Sentence& one = *std::prev(after);
-        return position <= one.end ? one.similarity : 0.0F;
+        const std::size_t index = index_of(position);
+        return index < sentences_.size() ? sentences_[index].similarity : 0.0F;
     }
 
     /// @throws shape_error if hidden states have another size than before.
@@ -135,12 +137,12 @@ class SentenceTable {
     /// one around it opens again without an embedding.
     void feed(const SentenceRules& rules, position_t position, std::int32_t token,
               std::span<const float> hidden) {
-        if (!sentences_.empty() && position <= sentences_.back().end) drop_from(position);
+        const bool torn = !sentences_.empty() && position <= sentences_.back().end && drop_from(position);
         const bool delimiter = rules.delimiters.contains(token);
         const bool last_open = !sentences_.empty() && !sentences_.back().closed;
         const bool extends = rules.merge && delimiter && !sentences_.empty() && !sentences_.back().scored;
         if (dim_ == 0) dim_ = hidden.size();
-        if (!last_open && !extends) sentences_.push_back({.begin = position});
+        if (!last_open && !extends) sentences_.push_back({.begin = position, .known = !torn});
         vectors_.resize(sentences_.size() * dim_);
         Sentence& one = sentences_.back();
         one.end = position;
@@ -161,7 +163,43 @@ class SentenceTable {
         }
     }
 
+    /// Sentences of which no head holds a row leave: whatever is said later, they decide nothing. Those that
+    /// are not compared yet stay, and so does the last one. Cost: a binary search per row.
+    void prune(CacheView cached) {
+        if (cached.heads.empty() || sentences_.empty()) return;
+        std::vector<std::uint8_t> stays(sentences_.size());
+        for (std::size_t i = 0; i < stays.size(); ++i) stays[i] = sentences_[i].scored ? 0 : 1;
+        stays.back() = 1;
+        for (const HeadView& head : cached.heads)
+            head.position.for_each_run([&](std::size_t /*first*/, std::span<const position_t> run) {
+                for (const position_t& position : run)
+                    if (const std::size_t i = index_of(position); i < stays.size()) stays[i] = 1;
+            });
+        std::size_t count = 0;
+        for (std::size_t i = 0; i < stays.size(); ++i) {
+            if (stays[i] == 0) {
+                left_non_execution_ += sentences_[i].non_execution ? 1 : 0;
+                continue;
+            }
+            sentences_[count] = sentences_[i];
+            std::copy_n(vectors_.data() + i * dim_, dim_, vectors_.data() + count * dim_);
+            ++count;
+        }
+        pruned_ = pruned_ || count < stays.size();
+        sentences_.erase(sentences_.begin() + static_cast<std::ptrdiff_t>(count), sentences_.end());
+        vectors_.resize(count * dim_);
+        find_redundant();
+    }
+
   private:
+    /// Of the sentence around a position, or their number.
+    [[nodiscard]] std::size_t index_of(position_t position) const noexcept {
+        const auto after =
+            std::upper_bound(sentences_.begin(), sentences_.end(), position,
+                             [](position_t at, const Sentence& one) { return at < one.begin; });
+        if (after == sentences_.begin() || position > std::prev(after)->end) return sentences_.size();
+        return static_cast<std::size_t>(std::prev(after) - sentences_.begin());
+    }
     /// The sum of hidden states becomes a unit vector, or zeros.
     void embed(const SentenceRules& rules, const simd::Kernels& kernels, std::size_t j) {
         Sentence& one = sentences_[j];
@@ -184,26 +222,28 @@ class SentenceTable {
                 const float similarity = std::min(1.0F, cosines[i]);
                 if (!(similarity > rules.tau)) continue;
                 sentences_[first + i].similarity = similarity;
-                sentences_[first + i].peer = static_cast<std::ptrdiff_t>(j);
+                sentences_[first + i].peer = sentences_[j].end;
                 redundant_ = true;
             }
         }
     }
-    void drop_from(position_t position) {
+    /// @returns whether the sentence around `position` may have left before.
+    bool drop_from(position_t position) {
         while (!sentences_.empty() && sentences_.back().begin >= position) sentences_.pop_back();
         vectors_.resize(sentences_.size() * dim_);
-        const auto left = static_cast<std::ptrdiff_t>(sentences_.size());
-        if (left > 0 && sentences_.back().end >= position) {
+        const bool torn = pruned_ && (sentences_.empty() || sentences_.back().end + 1 < position);
+        if (!sentences_.empty() && sentences_.back().end >= position) {
             Sentence& cut = sentences_.back();
             cut.closed = cut.scored = cut.known = cut.embedded = false;
             cut.end = position - 1;
         }
         for (Sentence& one : sentences_)
-            if (one.peer >= left || (one.peer == left - 1 && !sentences_.back().embedded)) {
+            if (one.peer >= position) {
                 one.similarity = 0.0F;
                 one.peer = -1;
             }
         find_redundant();
+        return torn;
     }
     void find_redundant() noexcept {
         redundant_ = std::any_of(sentences_.begin(), sentences_.end(),
@@ -213,7 +253,8 @@ class SentenceTable {
     std::vector<Sentence> sentences_;
     std::vector<float> vectors_;  // [sentences, D]: sums of hidden states, from scoring on embeddings
     std::size_t dim_ = 0;
-    bool redundant_ = false;
+    std::size_t left_non_execution_ = 0;
+    bool redundant_ = false, pruned_ = false;
 };
 
 }  // namespace kvcull::inline KVCULL_ABI
