@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <filesystem>
+#include <functional>
 #include <kvcull/cache/shape.hpp>
 #include <kvcull/score/concepts.hpp>
 #include <kvcull/views.hpp>
@@ -13,6 +14,16 @@
 #include "config.hpp"
 
 namespace tiny_llama {
+
+/// What enters a layer, a row per token of the call.
+struct LayerInput {
+    std::size_t layer;            ///< the number of layers: what leaves the final norm
+    kvcull::position_t position;  ///< of the first row
+    std::span<const int> tokens;
+    kvcull::MatrixView<float> hidden;  ///< [tokens, hidden], to be read or changed
+};
+/// Called at the input of every layer and after the final norm; an empty one costs nothing.
+using Hook = std::function<void(const LayerInput&)>;
 
 /// Weights only: const, and usable from any number of threads, each with its own cache.
 class Llama {
@@ -43,16 +54,21 @@ class Llama {
     /// and their final hidden states, and seen() for the next position; kvcull::KVCache, or anything else
     /// with these members
     /// @param logits  [1 or tokens.size(), vocabulary], overwritten
+    /// @param hook    sees the hidden states on their way, and may change them
     /// @throws std::invalid_argument for no tokens, std::out_of_range for one beyond the vocabulary; what the
     /// cache throws
     template <class Cache>
     void forward(std::span<const int> tokens, Cache& cache, RowMajorMatrix& logits,
-                 Logits which = Logits::last) const {
+                 Logits which = Logits::last, const Hook& hook = {}) const {
         const std::size_t n = tokens.size(), d = config_.head_dim, q_heads = config_.q_heads,
                           kv_heads = config_.kv_heads;
         const auto position = static_cast<kvcull::position_t>(cache.seen());
         Activations a = embed(tokens);
+        const auto show = [&](std::size_t layer, RowMajorMatrix& rows) {
+            if (hook) hook({layer, position, tokens, {rows.data(), n, config_.hidden}});
+        };
         for (std::size_t layer = 0; layer < config_.layers; ++layer) {
+            show(layer, a.hidden);
             project(layer, position, a);
             const auto heads = [&](std::size_t first, std::size_t count) {
                 return kvcull::HeadsView<const float>{
@@ -64,8 +80,8 @@ class Llama {
             finish(layer, a);
         }
         normalise(a.hidden, norm_, a.normed);
-        cache.end_step(kvcull::StepInputs{
-            .tokens = tokens, .hidden = {a.normed.data(), n, static_cast<std::size_t>(a.normed.cols())}});
+        show(config_.layers, a.normed);
+        cache.end_step(kvcull::StepInputs{.tokens = tokens, .hidden = {a.normed.data(), n, config_.hidden}});
         head(which == Logits::all ? n : 1, a, logits);
     }
 

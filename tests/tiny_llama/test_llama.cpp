@@ -189,6 +189,56 @@ RowMajorMatrix logits_of(const std::filesystem::path& folder) {
 }
 using Names = std::vector<std::string>;
 
+TEST_CASE("a hook sees what enters every layer and what leaves the last, and may change it",
+          "[tiny_llama][property]") {
+    const Llama model(model_folder);
+    const std::vector<int> first{1, 12, 113, 248, 2}, next{3, 113};
+    const std::size_t layers = model.config().layers;
+    RowMajorMatrix want, got;
+    const auto run = [&](RowMajorMatrix& logits, const tiny_llama::Hook& hook) {
+        FullCache cache = cache_for(model);
+        model.forward(first, cache, logits, Llama::Logits::last, hook);
+        model.forward(next, cache, logits, Llama::Logits::all, hook);
+    };
+    run(want, {});
+
+    SECTION("it is called in order, and reading changes nothing") {
+        std::vector<std::size_t> seen;
+        run(got, [&](const tiny_llama::LayerInput& at) {
+            seen.push_back(at.layer);
+            const bool prompt = seen.size() <= layers + 1;
+            const std::vector<int>& tokens = prompt ? first : next;
+            CHECK(at.position == (prompt ? 0 : 5));
+            CHECK(std::equal(at.tokens.begin(), at.tokens.end(), tokens.begin(), tokens.end()));
+            REQUIRE(at.hidden.rows == tokens.size());
+            REQUIRE(at.hidden.cols == model.config().hidden);
+            if (at.layer == 0) CHECK(at.hidden[1][3] == model.embedding()(tokens[1], 3));
+            if (at.layer == layers && !prompt) {
+                const Eigen::Map<const RowMajorMatrix> hidden(at.hidden.data, 2,
+                                                              static_cast<Eigen::Index>(at.hidden.cols));
+                CHECK(excess(hidden * model.head().transpose(), want) < 0);
+            }
+        });
+        CHECK((seen == std::vector<std::size_t>{0, 1, 2, 3, 4, 0, 1, 2, 3, 4}));
+        CHECK(got == want);
+    }
+    SECTION("what it changes goes on from there") {
+        for (std::size_t layer = 0; layer <= layers; ++layer) {
+            run(got, [&](const tiny_llama::LayerInput& at) {
+                if (at.layer == layer && at.tokens.size() == 2)
+                    for (float& x : at.hidden[1]) x = -2.0F * x + 1.0F;
+            });
+            CAPTURE(layer);
+            CHECK(got.row(0) == want.row(0));  // an earlier token knows nothing of it
+            CHECK(got.row(1) != want.row(1));
+        }
+        run(got, [&](const tiny_llama::LayerInput& at) {
+            if (at.layer == layers) std::fill_n(at.hidden.data, at.hidden.rows * at.hidden.cols, 0.0F);
+        });
+        CHECK(got.isZero(0.0F));
+    }
+}
+
 TEST_CASE("f32 and bf16 weights, shards and an untied head give what they should",
           "[tiny_llama][differential]") {
     const Folder folder;
