@@ -12,6 +12,10 @@ namespace examples {
 
 template <kvcull::Policy... Ps>
 struct PolicyList {
+    /// The same policies inside a template.
+    template <template <class> class Wrapped>
+    using Each = PolicyList<Wrapped<Ps>...>;
+
     /// Those that run without more than the tokens bring: all but the ones that wait for a side value.
     [[nodiscard]] static std::vector<std::string> names() {
         std::vector<std::string> names;

@@ -17,6 +17,7 @@ using namespace tiny_llama;
 struct Options : examples::Comparison {
     std::string model = TINY_LLAMA_MODEL_DIR, json, out = ".";
     std::vector<std::string> tasks;
+    Thinking thinking;
     std::size_t cases = 24, threads = std::max(1U, std::thread::hardware_concurrency());
 
     Options() { budgets = {"384", "192", "96", "48"}; }
@@ -34,6 +35,16 @@ void add_options(CLI::App& app, Options& options) {
     app.add_option("--threads", options.threads, "Cases that run at a time")
         ->check(CLI::Range(1, 1'000'000))
         ->capture_default_str();
+    app.add_option("--think", options.thinking.most,
+                   "The model thinks by itself, so many tokens at most, instead of reading the tasks' "
+                   "streams; 0: it does not")
+        ->check(CLI::Range(0, 1'000'000))
+        ->capture_default_str();
+    app.add_option("--temperature", options.thinking.temperature,
+                   "Of thoughts; 0: always the likeliest token")
+        ->check(CLI::Range(0.0, 100.0))
+        ->capture_default_str();
+    app.add_option("--seed", options.thinking.seed, "Of thoughts")->capture_default_str();
     app.add_option("--json", options.json, "Where the numbers go (default: results.json in --out)");
     app.add_option("--out", options.out, "Folder of the pictures")->capture_default_str();
 }
@@ -65,9 +76,9 @@ std::vector<Row> run_all(const Llama& model, const std::vector<Setting>& setting
             const auto same = std::find_if(rows.begin(), rows.end(), [&](const Row& row) {
                 return setting.policy == "full" && row.setting.policy == "full" && row.task == task.name;
             });
-            Row row = same != rows.end()
-                          ? *same
-                          : run_task(model, setting, task, options.cases, options.chunk, options.threads);
+            Row row = same != rows.end() ? *same
+                                         : run_task(model, setting, task, options.cases, options.chunk,
+                                                    options.threads, options.thinking);
             row.setting = setting;
             rows.push_back(std::move(row));
             std::fprintf(stderr, "[%3zu/%zu] %-9s %-10s %5s  %.3f\n", rows.size(), total, task.name.c_str(),
@@ -103,6 +114,7 @@ void run(const Options& options) {
         std::cout << "pictures: " << (out / "accuracy.svg").string() << '\n';
     else
         std::cout << "pictures: no gnuplot, so no accuracy.svg\n";
+    if (options.thinking.most > 0) return;  // every policy has a text of its own
     write_kept_svg(out / "kept.svg", rows, tasks,
                    examples::telling_budget(budgets, tasks[0].cases[0].prompt.size()));
     std::cout << "          " << (out / "kept.svg").string() << '\n';

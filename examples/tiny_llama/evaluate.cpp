@@ -10,31 +10,23 @@
 
 #include "../common/named_policies.hpp"
 #include "../common/named_rules.hpp"
-#include "reader.hpp"
+#include "steering.hpp"
 
 namespace tiny_llama {
 namespace {
 
-kvcull::CacheShape shape_of(const Llama& model) {
-    const Config& config = model.config();
-    return {.layers = config.layers,
-            .q_heads = config.q_heads,
-            .kv_heads = config.kv_heads,
-            .head_dim = config.head_dim,
-            .dtype = kvcull::DType::f32};
-}
-
-/// The policy of a command line. One that asks what ends a sentence, and was not told, learns the tiny
-/// world's `.` and `wait`.
+/// The policy of a command line and how it steers the model, if it does. One that asks what ends a sentence,
+/// and was not told, learns the tiny world's full stop and second thought.
 template <class Use>
 void with_policy(const std::string& text, const Use& use) {
-    examples::NamedPolicies::with(text, [&](auto policy) {
+    examples::NamedPolicies::Each<Steered>::with(text, [&](const auto& named) {
+        auto policy = named.plain();
         if constexpr (requires { policy.sentences.delimiters; })
             if (policy.sentences.delimiters.empty()) {
-                policy.sentences.delimiters = {2};
-                policy.sentences.markers = {6};
+                policy.sentences.delimiters = {word::stop};
+                policy.sentences.markers = {word::wait};
             }
-        use(std::move(policy));
+        use(std::move(policy), named.steering());
     });
 }
 
@@ -49,19 +41,28 @@ std::vector<float> kept(const Cache& cache, std::size_t tokens) {
     return share;
 }
 
-/// The stream and the questions, after the prompt.
+/// The stream or thoughts, and the questions, after the prompt.
 template <class Cache>
-Outcome answer(Reader& reader, const Case& example, Cache& cache) {
+Outcome answer(Reader& reader, const Case& example, const Thinking& how, Cache& cache) {
     Outcome outcome{.questions = example.questions.size()};
-    for (const int& token : example.stream) reader.read({&token, 1}, cache);
+    if (how.most > 0) {
+        const std::vector<int> said = think(reader, cache, how);
+        outcome.thought_tokens = said.size();
+        outcome.second_thoughts =
+            static_cast<std::size_t>(std::count(said.begin(), said.end(), int{word::wait}));
+    } else {
+        for (const int& token : example.stream) reader.read({&token, 1}, cache);
+    }
     outcome.kv_bytes = cache.bytes();
     outcome.peak_bytes = cache.peak_bytes();
-    outcome.kept = kept(cache, example.size());
+    outcome.kept = kept(cache, cache.seen());
 
     cache.hold(true);
     const auto before = cache.mark();
+    const Hook hook = reader.hook;
     for (const Question& question : example.questions) {
         cache.rollback(before);
+        reader.hook = hook;  // with what it remembers
         std::span<const int> next = question.ask;
         bool correct = true;
         for (const int& answer : question.answer) {
@@ -102,22 +103,24 @@ void parallel_for(std::size_t threads, std::size_t count, Body&& body) {
 }  // namespace
 
 void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens) {
-    with_policy(setting.policy, [&](auto policy) {
+    with_policy(setting.policy, [&](auto policy, const auto& steering) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget,
                               examples::NamedRule(setting.rule));
         cache.begin_prompt(prompt_tokens);
+        if (steering) static_cast<void>(steer(model, *steering, prompt_tokens));
     });
 }
 
 Outcome run_case(const Llama& model, const Setting& setting, const Case& example, std::size_t chunk,
-                 kvcull::BlockPool& pool) {
+                 kvcull::BlockPool& pool, const Thinking& how) {
     Outcome outcome;
-    with_policy(setting.policy, [&](auto policy) {
+    with_policy(setting.policy, [&](auto policy, const auto& steering) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget, pool,
                               examples::NamedRule(setting.rule));
         Reader reader{model};
+        if (steering) reader.hook = steer(model, *steering, example.prompt.size());
         after_prompt(reader, example.prompt, chunk, std::move(cache), [&](auto& read, std::size_t bytes) {
-            outcome = answer(reader, example, read);
+            outcome = answer(reader, example, how, read);
             outcome.peak_bytes = std::max(outcome.peak_bytes, bytes);
         });
     });
@@ -125,22 +128,30 @@ Outcome run_case(const Llama& model, const Setting& setting, const Case& example
 }
 
 Row run_task(const Llama& model, const Setting& setting, const Task& task, std::size_t cases,
-             std::size_t chunk, std::size_t threads) {
+             std::size_t chunk, std::size_t threads, const Thinking& how) {
     const std::size_t count = std::min(cases, task.cases.size());
     kvcull::BlockPool pool({.block_rows = 16});
     std::vector<Outcome> outcomes(count);
     const auto begin = std::chrono::steady_clock::now();
-    parallel_for(threads, count,
-                 [&](std::size_t i) { outcomes[i] = run_case(model, setting, task.cases[i], chunk, pool); });
+    parallel_for(threads, count, [&](std::size_t i) {
+        Thinking own = how;
+        own.seed += i;
+        outcomes[i] = run_case(model, setting, task.cases[i], chunk, pool, own);
+    });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
 
     Row row{.task = task.name, .setting = setting};
     double correct = 0, tokens = 0;
+    const auto share = [&](std::size_t value) {
+        return static_cast<double>(value) / static_cast<double>(count);
+    };
     for (const Outcome& outcome : outcomes) {
         correct += static_cast<double>(outcome.correct);
         tokens += static_cast<double>(outcome.tokens);
         row.questions += outcome.questions;
-        row.kv_bytes += static_cast<double>(outcome.kv_bytes) / static_cast<double>(count);
+        row.kv_bytes += share(outcome.kv_bytes);
+        row.thought_tokens += share(outcome.thought_tokens);
+        row.second_thoughts += share(outcome.second_thoughts);
         row.peak_bytes = std::max(row.peak_bytes, outcome.peak_bytes);
     }
     row.accuracy = row.questions == 0 ? 0 : correct / static_cast<double>(row.questions);

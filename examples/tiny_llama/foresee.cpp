@@ -23,11 +23,6 @@ struct Options {
     std::size_t cases = 1000, tokens = 16;
 };
 
-kvcull::CacheShape shape_of(const Llama& model) {
-    const Config& c = model.config();
-    return {.layers = c.layers, .q_heads = c.q_heads, .kv_heads = c.kv_heads, .head_dim = c.head_dim};
-}
-
 /// A full cache that sums up how the tokens after its prompt attend to the prompt, per KV head: every row of
 /// theirs gives the prompt's tokens one in all.
 class Later {

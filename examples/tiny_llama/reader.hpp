@@ -11,21 +11,27 @@
 
 namespace tiny_llama {
 
+[[nodiscard]] inline kvcull::CacheShape shape_of(const Llama& model) {
+    const Config& c = model.config();
+    return {.layers = c.layers, .q_heads = c.q_heads, .kv_heads = c.kv_heads, .head_dim = c.head_dim};
+}
 [[nodiscard]] inline int argmax(const RowMajorMatrix& logits) {
     Eigen::Index best = 0;
     logits.row(logits.rows() - 1).maxCoeff(&best);
     return static_cast<int>(best);
 }
 
-/// A model with the logits of its last call, and a count of the tokens it has read.
+/// A model with the logits of its last call, and a count of the tokens it has read. A copy of it goes on
+/// alone, also with what the hook remembers.
 struct Reader {
     const Llama& model;
+    Hook hook = {};
     RowMajorMatrix logits = {};
     std::size_t tokens = 0;
 
     template <class Cache>
     void read(std::span<const int> text, Cache& cache) {
-        model.forward(text, cache, logits);
+        model.forward(text, cache, logits, Llama::Logits::last, hook);
         tokens += text.size();
     }
 };

@@ -49,6 +49,11 @@ const Task& find(std::span<const Task> tasks, const std::string& name) {
     return *std::find_if(tasks.begin(), tasks.end(), [&](const Task& task) { return task.name == name; });
 }
 
+/// Whether the model thought by itself.
+bool any_thoughts(std::span<const Row> rows) {
+    return std::any_of(rows.begin(), rows.end(), [](const Row& row) { return row.thought_tokens > 0; });
+}
+
 std::size_t longest(const std::vector<std::string>& names) {
     std::size_t length = 0;
     for (const std::string& name : names) length = std::max(length, name.size());
@@ -71,34 +76,49 @@ std::string escaped(const std::string& text) {
 }  // namespace
 
 void print_table(std::ostream& out, std::span<const Row> rows) {
+    struct Column {
+        const char* name;
+        int digits;
+        double (*value)(const Row& row);
+    };
+    std::vector<Column> columns{
+        {"accuracy", 3, [](const Row& row) { return row.accuracy; }},
+        {"KB held", 0, [](const Row& row) { return row.kv_bytes / 1000; }},
+        {"tokens/s", 0, [](const Row& row) { return row.tokens_per_second; }},
+    };
+    if (any_thoughts(rows)) {
+        columns.push_back({"tokens thought", 1, [](const Row& row) { return row.thought_tokens; }});
+        columns.push_back({"second thoughts", 1, [](const Row& row) { return row.second_thoughts; }});
+    }
     const auto policies = policies_of(rows), budgets = budgets_of(rows);
     const int name = static_cast<int>(std::max<std::size_t>(longest(policies), 6)), cell = 7;
-    const int group = cell * static_cast<int>(budgets.size());
-    const auto heading = [&](const char* text) { out << "  " << std::setw(group) << text; };
 
     for (const std::string& task : tasks_of(rows)) {
         const auto first =
             std::find_if(rows.begin(), rows.end(), [&](const Row& row) { return row.task == task; });
         out << '\n' << task << " (" << first->questions << " questions)\n" << std::setw(name) << "";
-        for (const char* text : {"accuracy", "KB held", "tokens/s"}) heading(text);
+        const auto width = [&](const Column& column) {
+            return std::max(cell * static_cast<int>(budgets.size()),
+                            static_cast<int>(std::char_traits<char>::length(column.name)));
+        };
+        const auto pad = [&](const Column& column) {
+            out << "  " << std::setw(width(column) - cell * static_cast<int>(budgets.size())) << "";
+        };
+        for (const Column& column : columns) out << "  " << std::setw(width(column)) << column.name;
         out << '\n' << std::left << std::setw(name) << "budget" << std::right;
-        for (int i = 0; i < 3; ++i) {
-            out << "  ";
+        for (const Column& column : columns) {
+            pad(column);
             for (const std::string& budget : budgets) out << std::setw(cell) << budget;
         }
         out << '\n';
         for (const std::string& policy : policies) {
-            out << std::left << std::setw(name) << policy << std::right << std::fixed << "  ";
-            const auto cells = [&](int digits, auto&& value) {
-                out << std::setprecision(digits);
+            out << std::left << std::setw(name) << policy << std::right << std::fixed;
+            for (const Column& column : columns) {
+                pad(column);
+                out << std::setprecision(column.digits);
                 for (const std::string& budget : budgets)
-                    out << std::setw(cell) << value(find(rows, task, policy, budget));
-            };
-            cells(3, [](const Row& row) { return row.accuracy; });
-            out << "  ";
-            cells(0, [](const Row& row) { return row.kv_bytes / 1000; });
-            out << "  ";
-            cells(0, [](const Row& row) { return row.tokens_per_second; });
+                    out << std::setw(cell) << column.value(find(rows, task, policy, budget));
+            }
             out << '\n';
         }
     }
@@ -120,6 +140,10 @@ void write_json(const std::filesystem::path& file, std::span<const Row> rows) {
         item["kv_bytes"] = std::llround(row.kv_bytes);
         item["peak_bytes"] = row.peak_bytes;
         item["tokens_per_second"] = std::round(row.tokens_per_second * 10) / 10;
+        if (row.thought_tokens > 0) {
+            item["thought_tokens"] = row.thought_tokens;
+            item["second_thoughts"] = row.second_thoughts;
+        }
         list.push_back(std::move(item));
     }
     nlohmann::ordered_json whole;

@@ -11,11 +11,12 @@
 
 namespace tiny_llama {
 
-/// Per task: accuracy and kilobytes of every policy at every budget.
+/// Per task: accuracy, kilobytes and speed of every policy at every budget; if the model thought, how much.
 void print_table(std::ostream& out, std::span<const Row> rows);
 
 /// `{"rows": [{"task", "policy", "budget", "accuracy", "questions", "kv_bytes", "peak_bytes",
-/// "tokens_per_second"}]}`; a budget below 1 is a ratio of the prompt.
+/// "tokens_per_second"}]}`, and "thought_tokens", "second_thoughts" if the model thought; a budget below 1 is
+/// a ratio of the prompt.
 void write_json(const std::filesystem::path& file, std::span<const Row> rows);
 
 /// Accuracy against budget, a line per policy and a panel per task, drawn by gnuplot.

@@ -10,7 +10,8 @@
 namespace tiny_llama {
 namespace {
 
-enum Token : int { begin_text = 1, stop, ask, think, end_think, wait, so };
+using namespace word;
+
 /// Words `first .. first + count - 1` of the vocabulary.
 struct Words {
     int first, count;
