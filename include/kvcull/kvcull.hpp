@@ -8,6 +8,7 @@
 #include "cache/block_prefill.hpp"
 #include "cache/episodes.hpp"
 #include "cache/evictor.hpp"
+#include "cache/file_bytes.hpp"
 #include "cache/joint_step.hpp"
 #include "cache/kv_cache.hpp"
 #include "cache/lookahead.hpp"

@@ -11,8 +11,8 @@
 
 namespace kvcull::inline KVCULL_ABI {
 
-/// `put` replaces what is there, whole or, when it throws, not at all. `get` throws where there is nothing;
-/// `erase` does not mind.
+/// `put` replaces what is there by all of the bytes. One that throws leaves what was there, or has replaced
+/// it all the same: never a mixture. `get` throws where there is nothing; `erase` does not mind.
 template <class S>
 concept ByteStore = requires(S& store, std::size_t key, std::span<const std::byte> bytes) {
     store.put(key, bytes);

@@ -307,13 +307,15 @@ class Episodes {
                                 tensor("episode.turns", std::span<const std::int32_t>(episode.turns))};
         return save(cache, extra);
     }
-    /// An episode's bytes into `cache`. Another episode's are refused by their centroid.
+    /// An episode's bytes into `cache`. Those of another one, or of before its last turn, are refused.
     void read(Cache& cache, std::size_t e) const {
         const std::vector<std::byte> bytes = store_->get(e);
         const SafeTensors file = open_saved(cache, bytes);
         detail::check<error::format_error>(
-            file.tensor("episode.centroid").to_vector<double>() == episodes_[e].centroid, "Episodes",
-            detail::text("stored episode ", e), "another one", "the one with this centroid");
+            file.tensor("episode.centroid").to_vector<double>() == episodes_[e].centroid &&
+                file.tensor("episode.turns").to_vector<std::int32_t>() == episodes_[e].turns,
+            "Episodes", detail::text("stored episode ", e), "another one or an old copy",
+            "the one with this centroid and these turns");
         load(cache, file);
         cache.hold(true);
     }

@@ -3,14 +3,8 @@
 
 #if __has_include(<unistd.h>) && __has_include(<sys/stat.h>)
 
-#    include <fcntl.h>
-#    include <sys/stat.h>
-#    include <sys/types.h>
-#    include <unistd.h>
-
 #    include <algorithm>
 #    include <array>
-#    include <cerrno>
 #    include <cstddef>
 #    include <cstdint>
 #    include <cstring>
@@ -18,7 +12,6 @@
 #    include <optional>
 #    include <span>
 #    include <string>
-#    include <system_error>
 #    include <type_traits>
 #    include <unordered_map>
 #    include <utility>
@@ -27,29 +20,12 @@
 #    include "../base/config.hpp"
 #    include "../base/crc32c.hpp"
 #    include "../base/error.hpp"
+#    include "../base/posix_file.hpp"
 #    include "memory_store.hpp"
 #    include "page_table.hpp"
 #    include "tier.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
-
-/// The system calls of `FileStore`, each as POSIX has it. Another type with these members puts failures in.
-struct PosixIo {
-    static int open(const char* path) noexcept { return ::open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666); }
-    static int close(int file) noexcept { return ::close(file); }
-    static ::ssize_t pread(int file, void* to, std::size_t bytes, ::off_t at) noexcept {
-        return ::pread(file, to, bytes, at);
-    }
-    static ::ssize_t pwrite(int file, const void* from, std::size_t bytes, ::off_t at) noexcept {
-        return ::pwrite(file, from, bytes, at);
-    }
-    static int fsync(int file) noexcept { return ::fsync(file); }
-    /// Bytes of the file, or -1.
-    static ::off_t size(int file) noexcept {
-        struct ::stat status {};
-        return ::fstat(file, &status) == 0 ? status.st_size : -1;
-    }
-};
 
 namespace detail {
 
@@ -96,80 +72,6 @@ struct RecordHeader {
 static_assert(std::has_unique_object_representations_v<RecordHeader> &&
               sizeof(RecordHeader) <= RecordHeader::copy_bytes);
 
-/// An open file: whole transfers, whatever the system makes of them.
-template <class Io>
-class PageFile {
-  public:
-    PageFile(std::string path, Io io) : io_(std::move(io)), path_(std::move(path)) {
-        file_ = uninterrupted([&] { return io_.open(path_.c_str()); });
-        if (file_ < 0) fail("open", "");
-    }
-    PageFile(const PageFile&) = delete;
-    PageFile(PageFile&& other) noexcept
-        : io_(std::move(other.io_)), path_(std::move(other.path_)), file_(std::exchange(other.file_, -1)) {}
-    PageFile& operator=(const PageFile&) = delete;
-    PageFile& operator=(PageFile&& other) noexcept {
-        std::swap(io_, other.io_);
-        std::swap(path_, other.path_);
-        std::swap(file_, other.file_);
-        return *this;
-    }
-    ~PageFile() {
-        if (file_ >= 0) io_.close(file_);
-    }
-
-    /// @return bytes read: fewer than asked for only where the file ends.
-    std::size_t read(std::span<std::byte> to, std::uint64_t at, const std::string& what) {
-        std::size_t done = 0;
-        while (done < to.size()) {
-            const auto got = uninterrupted(
-                [&] { return io_.pread(file_, to.data() + done, to.size() - done, offset(at + done)); });
-            if (got < 0) fail("pread", what);
-            if (got == 0) break;
-            done += static_cast<std::size_t>(got);
-        }
-        return done;
-    }
-    void write(std::span<const std::byte> from, std::uint64_t at, const std::string& what) {
-        while (!from.empty()) {
-            const auto put =
-                uninterrupted([&] { return io_.pwrite(file_, from.data(), from.size(), offset(at)); });
-            if (put == 0) errno = EIO;  // no progress, and no reason given
-            if (put <= 0) fail("pwrite", what);
-            from = from.subspan(static_cast<std::size_t>(put));
-            at += static_cast<std::uint64_t>(put);
-        }
-    }
-    void sync(const std::string& what) {
-        if (uninterrupted([&] { return io_.fsync(file_); }) < 0) fail("fsync", what);
-    }
-    [[nodiscard]] std::uint64_t size() {
-        const auto bytes = uninterrupted([&] { return io_.size(file_); });
-        if (bytes < 0) fail("fstat", "");
-        return static_cast<std::uint64_t>(bytes);
-    }
-    [[nodiscard]] const std::string& path() const noexcept { return path_; }
-
-  private:
-    static_assert(sizeof(::off_t) >= 8, "compile with _FILE_OFFSET_BITS=64");
-    [[nodiscard]] static ::off_t offset(std::uint64_t at) noexcept { return static_cast<::off_t>(at); }
-    template <class Call>
-    [[nodiscard]] static auto uninterrupted(const Call& call) {
-        for (;;)
-            if (const auto result = call(); result >= 0 || errno != EINTR) return result;
-    }
-    [[noreturn, gnu::cold]] void fail(const char* call, const std::string& what) const {
-        const int code = errno;
-        throw error::io_error(to_text(text("FileStore: ", call, what.empty() ? "" : " of ", what, " in ",
-                                           path_, ": ", std::generic_category().message(code))),
-                              code);
-    }
-
-    [[no_unique_address]] Io io_;
-    std::string path_;
-    int file_ = -1;
-};
-
 }  // namespace detail
 
 struct FileStoreOptions {
@@ -199,7 +101,7 @@ class FileStore {
     FileStore(std::string path, Frames frames, FileStoreOptions options = {}, Io io = {})
         : frames_(std::move(frames)),
           options_(options),
-          file_(std::move(path), std::move(io)),
+          file_("FileStore", std::move(path), O_RDWR | O_CREAT, std::move(io)),
           record_bytes_(block + (std::uint64_t{frames_.page_bytes()} + block - 1) / block * block) {
         scan(open_header());
     }
@@ -401,7 +303,7 @@ class FileStore {
     static constexpr const char* header_name = "the file's header";
     Frames frames_;
     FileStoreOptions options_;
-    detail::PageFile<Io> file_;
+    detail::PosixFile<Io> file_;
     std::uint64_t record_bytes_;
     std::uint64_t records_ = 0, generation_ = 1;
     std::unordered_map<page_t, Place> index_;
