@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "kvcull/cache/saved.hpp"
 #include "kvcull/policies/h2o.hpp"
 #include "kvcull/policies/keydiff.hpp"
 #include "support/catch.hpp"
@@ -101,6 +102,20 @@ TEST_CASE("SkipKV over any base keeps the contract of a policy", "[property]") {
     SECTION("over SnapKV") {
         policy_conformance(SkipKV<SnapKV>{{.window = 4, .kernel = 3}, rules},
                            {.evictions = 1, .while_decoding = false, .chunks_do_not_matter = true});
+    }
+}
+
+TEST_CASE("a saved cache goes on with its sentences, bit for bit", "[property]") {
+    for (const std::size_t cut : {prompt, std::size_t{101}}) {
+        KVCache cache(small, skip, Budget{.tokens = budget}), loaded(small, skip, Budget{.tokens = budget});
+        speak(cache, 0, cut);
+        load(loaded, save(cache));
+        REQUIRE(same(table_of(loaded), table_of(cache)));
+        speak(cache, cut, tokens);
+        speak(loaded, cut, tokens);
+        REQUIRE(table_of(cache).any_redundant());
+        CHECK((snapshot(loaded) == snapshot(cache)));
+        CHECK(save(loaded) == save(cache));
     }
 }
 

@@ -324,6 +324,33 @@ TEST_CASE("tokens since the newest delimiter are counted", "[property]") {
     CHECK((counts == std::vector<std::size_t>{1, 2, 0, 0, 1, 0}));
 }
 
+TEST_CASE("a table comes back from its numbers, and nothing from numbers that contradict each other",
+          "[contract]") {
+    const SentenceTable table = scored({10, 5, 2, 11, 2, 10, 12, 2, 11});
+    const SentenceNumbers numbers = table.numbers();
+    const auto back = SentenceTable::from(numbers);
+    REQUIRE(back.has_value());
+    CHECK(spans(*back) == spans(table));
+    CHECK(peers(*back) == peers(table));
+    CHECK(back->non_execution_count() == 1);
+    CHECK(back->any_redundant() == table.any_redundant());
+    CHECK(back->tokens_since_end() == 1);
+    const auto refused = [&](auto&& change) {
+        SentenceNumbers wrong = numbers;
+        change(wrong);
+        return !SentenceTable::from(wrong).has_value();
+    };
+    CHECK(refused([](SentenceNumbers& n) { n.sentences.pop_back(); }));
+    CHECK(refused([](SentenceNumbers& n) { n.vectors.pop_back(); }));
+    CHECK(refused([](SentenceNumbers& n) { n.dim += 1; }));
+    CHECK(refused([](SentenceNumbers& n) { n.sentences[0] = -1; }));
+    CHECK(refused([](SentenceNumbers& n) { n.sentences[1] = -1; }));  // ends before it begins
+    CHECK(refused([](SentenceNumbers& n) { n.sentences[5] = 2; }));   // begins within the one before
+    CHECK(refused([](SentenceNumbers& n) { n.sentences[2] = 0; }));   // no tokens
+    CHECK(refused([](SentenceNumbers& n) { n.similarity[1] = quiet_nan(); }));
+    CHECK(SentenceTable::from(SentenceTable().numbers()).has_value());
+}
+
 TEST_CASE("hidden states of another size are refused, and so are rules that make no sense", "[contract]") {
     SentenceTable table;
     feed(table, {10});

@@ -92,6 +92,10 @@ class Checksum {
     return layer_name(layer, "head." + std::to_string(head) + ".state." + std::to_string(array));
 }
 
+[[nodiscard]] inline std::string sequence_name(std::size_t part) {
+    return "sequence." + std::to_string(part);
+}
+
 /// Tensors with the bytes that they show.
 class TensorList {
   public:
@@ -149,6 +153,20 @@ class SavedTensors {
         return tensor.bytes.data();
     }
 
+    /// The numbers of a sequence's state, whatever their sizes.
+    template <class Numbers>
+    void read_sequence(Numbers& numbers) const {
+        std::size_t part = 0;
+        const auto read = [&]<class Part>(Part& one) {
+            using Number = typename decltype(numbers_of(one))::value_type;
+            const std::string name = sequence_name(part++);
+            if constexpr (std::is_arithmetic_v<Part>)
+                one = static_cast<Part>(this->numbers<Number>(name, 1).front());
+            else
+                one = this->numbers<Number>(name);
+        };
+        for_each_part(numbers.parts(), read);
+    }
     /// A state with the sizes of `in_use`, or, of a head that nothing was shown of, of a new one.
     template <class State>
     [[nodiscard]] State state(std::size_t layer, std::size_t head, std::size_t rows, State in_use) const {
@@ -206,6 +224,14 @@ template <Savable P, BudgetRule Rule>
     std::vector<position_t> pinned;
     for (const PositionRange& range : live.pinned) pinned.insert(pinned.end(), {range.begin, range.end});
     tensors.add("pinned", pinned);
+    if constexpr (SequenceState<P>) {
+        auto sequence = live.sequence.numbers();
+        std::size_t part = 0;
+        const auto add = [&](const auto& one) {
+            tensors.add(detail::sequence_name(part++), detail::numbers_of(one));
+        };
+        detail::for_each_part(sequence.parts(), add);
+    }
     for (std::size_t layer = 0; layer < shape.layers; ++layer) {
         std::vector<std::size_t> lengths;
         std::vector<position_t> positions;
@@ -284,6 +310,15 @@ void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
     live.gone = saved.numbers<position_t>("gone", shape.layers);
     const auto pinned = saved.numbers<position_t>("pinned");
     for (std::size_t i = 0; i + 1 < pinned.size(); i += 2) live.pinned.push_back({pinned[i], pinned[i + 1]});
+
+    if constexpr (SequenceState<P>) {
+        auto sequence = live.sequence.numbers();
+        saved.read_sequence(sequence);
+        auto whole = P::Sequence::from(sequence);
+        detail::check<format_error>(whole.has_value(), "load", "state of the sequence", "inconsistent",
+                                    "one that this policy leaves behind");
+        live.sequence = *std::move(whole);
+    }
 
     const typename P::State in_use = detail::state_in_use(shape, cache.policy());
     std::vector<std::vector<position_t>> positions(shape.layers);

@@ -5,6 +5,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <tuple>
 #include <type_traits>
@@ -139,7 +140,7 @@ template <class State>
 /// A state as policy and shape make it once it has seen tokens: what is read back must have its sizes.
 template <class P>
 [[nodiscard]] typename P::State state_in_use(const CacheShape& shape, const P& policy) {
-    if constexpr (std::is_empty_v<typename P::State> || SideInput<P> || SequenceState<P>) {
+    if constexpr (std::is_empty_v<typename P::State> || SideInput<P>) {
         return {};
     } else {
         CacheShape one = shape;
@@ -175,12 +176,20 @@ template <class P>
 
 }  // namespace detail
 
+/// Has a state per sequence that can be written as numbers with `parts()`; nothing comes of numbers that
+/// contradict each other.
+template <class P>
+concept SavedSequence = SequenceState<P> && requires(const typename P::Sequence& sequence) {
+    sequence.numbers().parts();
+    { P::Sequence::from(sequence.numbers()) } -> std::same_as<std::optional<typename P::Sequence>>;
+};
 /// Policies all of whose state can be written and read back, so that a cache that was loaded goes on exactly
 /// like the one that was saved: it is its per-row arrays, or lists the rest as well, in `rest()`.
 template <class P>
-concept Savable =
-    Policy<P> && !SequenceState<P> && (std::is_empty_v<typename P::State> ||
-                                       sizeof(typename P::State) == detail::array_bytes<typename P::State> ||
-                                       detail::HasRest<typename P::State>);
+concept Savable = Policy<P> &&
+    (!SequenceState<P> ||
+     SavedSequence<P>)&&(std::is_empty_v<typename P::State> ||
+                         sizeof(typename P::State) == detail::array_bytes<typename P::State> ||
+                         detail::HasRest<typename P::State>);
 
 }  // namespace kvcull::inline KVCULL_ABI

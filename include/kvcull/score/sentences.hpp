@@ -93,6 +93,19 @@ struct Sentence {
     bool embedded = false;  // scored, long enough and finite
 };
 
+/// A table of sentences as numbers, for saved caches.
+struct SentenceNumbers {
+    static constexpr std::size_t fields = 5;
+    std::vector<std::int64_t> sentences = {};  // begin, end, count, peer, a bit per truth value; of each
+    std::vector<float> similarity = {}, vectors = {};
+    std::uint64_t dim = 0, left_non_execution = 0;
+    bool pruned = false;
+
+    [[nodiscard]] auto parts() noexcept {
+        return std::tie(sentences, similarity, vectors, dim, left_non_execution, pruned);
+    }
+};
+
 /// The sentences of one sequence, in order; all layers and heads share them. Depends on tokens and hidden
 /// states alone, and after `prune` on which of them are still held. Memory: 4 D + 64 bytes per sentence,
 /// where D is the size of a hidden state.
@@ -102,6 +115,54 @@ class SentenceTable {
     /// Sentences found elsewhere, in order; they have no embeddings.
     explicit SentenceTable(std::vector<Sentence> sentences) : sentences_(std::move(sentences)) {
         find_redundant();
+    }
+
+    [[nodiscard]] SentenceNumbers numbers() const {
+        SentenceNumbers out{
+            .vectors = vectors_, .dim = dim_, .left_non_execution = left_non_execution_, .pruned = pruned_};
+        for (const Sentence& one : sentences_) {
+            std::int64_t flags = 0;
+            for (const bool flag : {one.embedded, one.known, one.scored, one.closed, one.non_execution})
+                flags = 2 * flags + (flag ? 1 : 0);
+            out.sentences.insert(out.sentences.end(),
+                                 {one.begin, one.end, static_cast<std::int64_t>(one.count), one.peer, flags});
+            out.similarity.push_back(one.similarity);
+        }
+        return out;
+    }
+    /// Nothing if the numbers are of no table: they contradict each other.
+    [[nodiscard]] static std::optional<SentenceTable> from(const SentenceNumbers& numbers) {
+        constexpr std::size_t fields = SentenceNumbers::fields;
+        const std::size_t count = numbers.similarity.size();
+        const bool fits = numbers.sentences.size() == fields * count &&
+                          (count == 0 ? numbers.vectors.empty()
+                                      : numbers.vectors.size() % count == 0 &&
+                                            numbers.vectors.size() / count == numbers.dim);
+        if (!fits) return std::nullopt;
+        SentenceTable table;
+        position_t next = 0;
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::int64_t* const at = &numbers.sentences[fields * i];
+            if (at[0] < next || at[1] < at[0] || at[2] < 1 || !is_finite(numbers.similarity[i]))
+                return std::nullopt;
+            next = at[1] + 1;
+            table.sentences_.push_back({.begin = at[0],
+                                        .end = at[1],
+                                        .count = static_cast<std::size_t>(at[2]),
+                                        .similarity = numbers.similarity[i],
+                                        .peer = at[3],
+                                        .non_execution = (at[4] & 1) != 0,
+                                        .closed = (at[4] & 2) != 0,
+                                        .scored = (at[4] & 4) != 0,
+                                        .known = (at[4] & 8) != 0,
+                                        .embedded = (at[4] & 16) != 0});
+        }
+        table.vectors_ = numbers.vectors;
+        table.dim_ = static_cast<std::size_t>(numbers.dim);
+        table.left_non_execution_ = static_cast<std::size_t>(numbers.left_non_execution);
+        table.pruned_ = numbers.pruned;
+        table.find_redundant();
+        return table;
     }
 
     [[nodiscard]] std::span<const Sentence> sentences() const noexcept { return sentences_; }
