@@ -126,6 +126,19 @@ TEMPLATE_TEST_CASE("after reserve no request allocates", "", Guard<>, Guard<Lru>
     REQUIRE(misses > 1000);
 }
 
+TEST_CASE("a hint of a page to come changes nothing") {
+    Guard<> told(4, {.draws = {1}}), other(4, {.draws = {1}});
+    SplitMix64 random{2};
+    for (int t = 0; t < 2000; ++t) {
+        const page_t page = random() % 9;
+        told.prefetch(random());
+        told.prefetch(page);
+        REQUIRE(told.request(page, static_cast<double>(page)) ==
+                other.request(page, static_cast<double>(page)));
+        REQUIRE(told.known_pages() == other.known_pages());
+    }
+}
+
 TEST_CASE("notes that mean nothing any more do not pile up") {
     Guard<Lru> cache(4);  // ever new pages: a phase lasts four misses
     std::size_t most = 0;

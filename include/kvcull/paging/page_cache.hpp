@@ -104,6 +104,9 @@ class SlotCache {
         rule_.served({page, access.slot, now_++, value, access.hit, access.guard});
         return access;
     }
+    /// Hint: the page is requested soon, some requests from now. Where requests are known ahead, as those of
+    /// a decode step are, this hides the memory that a look-up in a large table waits for.
+    void prefetch(page_t page) const noexcept { table_.prefetch(page); }
     /// Its sequence ended: the page leaves without a trace. No-op if it is not here.
     /// @throws state_error if it is pinned; nothing has changed then.
     void erase(page_t page) {

@@ -63,6 +63,10 @@ class PageTable {
         while (entries_[i].state != 0 && entries_[i].page != page) i = next(i);
         return {i, entries_[i].state};
     }
+    /// A look-up soon will find the page's part of the table in near memory.
+    void prefetch(page_t page) const noexcept {
+        if (!entries_.empty()) __builtin_prefetch(entries_.data() + home(page));
+    }
     /// `place` comes from `find(page)`; a new entry needs room.
     void put(Place place, page_t page, std::uint64_t state) noexcept {
         KVCULL_ASSERT(2 * (count_ + 1) <= entries_.size() || place.state != 0);
