@@ -415,7 +415,7 @@ TEST_CASE("servers on one small pool refuse, wait, preempt and finish, and every
     pool.set_limit(pool.bytes() + 4 * 16 * block);
 
     std::vector<std::vector<float>> got(want.size());
-    std::atomic<std::size_t> refused{0}, peak{0};
+    std::atomic<std::size_t> refused{0};
     std::vector<std::thread> all;
     for (std::size_t server = 0; server < servers; ++server)
         all.emplace_back([&, server] {
