@@ -66,6 +66,21 @@ void check_all(const Llama& model, const std::vector<Setting>& settings, const s
         }
 }
 
+/// Episodes are made of segments: where some method asks for them, tasks without are left out.
+std::vector<Task> with_segments(std::vector<Task> tasks, const std::vector<Setting>& settings) {
+    const auto needed = [](const Setting& setting) { return episode_method(setting.policy).has_value(); };
+    if (std::none_of(settings.begin(), settings.end(), needed)) return tasks;
+    std::erase_if(tasks, [](const Task& task) {
+        const bool whole = std::all_of(task.cases.begin(), task.cases.end(), [](const Case& example) {
+            return !example.segments.empty() && !example.questions.empty();
+        });
+        if (!whole) std::fprintf(stderr, "no segments, so not for epicache: %s\n", task.name.c_str());
+        return !whole;
+    });
+    if (tasks.empty()) throw std::runtime_error("no task has segments, and epicache needs them");
+    return tasks;
+}
+
 std::vector<Row> run_all(const Llama& model, const std::vector<Setting>& settings,
                          const std::vector<Task>& tasks, const Options& options) {
     std::vector<Row> rows;
@@ -97,7 +112,8 @@ void run(const Options& options) {
         for (const kvcull::Budget& budget : budgets) settings.push_back({policy, budget, options.rule});
 
     const Llama model(options.model);
-    const std::vector<Task> tasks = read_tasks(options.tasks, options.model, model.config().vocabulary);
+    const std::vector<Task> tasks =
+        with_segments(read_tasks(options.tasks, options.model, model.config().vocabulary), settings);
     check_all(model, settings, tasks, options.cases);
     const std::filesystem::path out = options.out;
     const std::filesystem::path json =
@@ -108,6 +124,12 @@ void run(const Options& options) {
     const std::vector<Row> rows = run_all(model, settings, tasks, options);
     if (!options.rule.empty()) std::cout << "rule: " << options.rule << "\n\n";
     print_table(std::cout, rows);
+    for (const Setting& setting : settings)
+        if (const auto method = episode_method(setting.policy))
+            for (const Task& task : tasks)
+                print_episodes(
+                    std::cout, task.name, setting,
+                    compare_episodes(model, *method, setting, task, options.cases, options.threads));
     write_json(json, rows);
     std::cout << "\nnumbers:  " << json.string() << '\n';
     if (write_accuracy_svg(out / "accuracy.svg", rows, tasks))

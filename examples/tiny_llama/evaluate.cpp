@@ -1,15 +1,14 @@
 #include "evaluate.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <exception>
 #include <kvcull/cache/kv_cache.hpp>
-#include <mutex>
-#include <thread>
 
 #include "../common/named_policies.hpp"
 #include "../common/named_rules.hpp"
+#include "episodes.hpp"
+#include "parallel.hpp"
+#include "reader.hpp"
 #include "steering.hpp"
 
 namespace tiny_llama {
@@ -30,17 +29,6 @@ void with_policy(const std::string& text, const Use& use) {
     });
 }
 
-template <class Cache>
-std::vector<float> kept(const Cache& cache, std::size_t tokens) {
-    std::vector<float> share(tokens);
-    const auto& shape = cache.shape();
-    for (std::size_t layer = 0; layer < shape.layers; ++layer)
-        for (std::size_t head = 0; head < shape.kv_heads; ++head)
-            for (const auto position : cache.positions(layer, head))
-                share[static_cast<std::size_t>(position)] += 1.0F / static_cast<float>(shape.heads());
-    return share;
-}
-
 /// The stream or thoughts, and the questions, after the prompt.
 template <class Cache>
 Outcome answer(Reader& reader, const Case& example, const Thinking& how, Cache& cache) {
@@ -55,7 +43,7 @@ Outcome answer(Reader& reader, const Case& example, const Thinking& how, Cache& 
     }
     outcome.kv_bytes = cache.bytes();
     outcome.peak_bytes = cache.peak_bytes();
-    outcome.kept = kept(cache, cache.seen());
+    outcome.kept = kept_by(cache, cache.seen());
 
     cache.hold(true);
     const auto before = cache.mark();
@@ -63,46 +51,17 @@ Outcome answer(Reader& reader, const Case& example, const Thinking& how, Cache& 
     for (const Question& question : example.questions) {
         cache.rollback(before);
         reader.hook = hook;  // with what it remembers
-        std::span<const int> next = question.ask;
-        bool correct = true;
-        for (const int& answer : question.answer) {
-            reader.read(next, cache);
-            correct = correct && argmax(reader.logits) == answer;
-            next = {&answer,
-                    1};  // the model's own token, as long as the answer is right; then nothing counts
-        }
-        outcome.correct += correct ? 1 : 0;
+        outcome.correct += answers(reader, question, cache) ? 1 : 0;
     }
     outcome.tokens = reader.tokens;
     return outcome;
 }
 
-/// Runs body(0) .. body(count - 1) on `threads` threads; the first exception is thrown when all are done.
-template <class Body>
-void parallel_for(std::size_t threads, std::size_t count, Body&& body) {
-    std::atomic<std::size_t> next = 0;
-    std::exception_ptr error;
-    std::mutex mutex;
-    const auto work = [&] {
-        try {
-            for (std::size_t i = next++; i < count; i = next++) body(i);
-        } catch (...) {
-            next = count;
-            const std::scoped_lock lock(mutex);
-            if (!error) error = std::current_exception();
-        }
-    };
-    {
-        std::vector<std::jthread> others;
-        for (std::size_t i = 1; i < std::min(threads, count); ++i) others.emplace_back(work);
-        work();
-    }
-    if (error) std::rethrow_exception(error);
-}
-
 }  // namespace
 
 void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens) {
+    if (const auto method = episode_method(setting.policy))
+        return check_conversation(model, *method, setting, prompt_tokens);
     with_policy(setting.policy, [&](auto policy, const auto& steering) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget,
                               examples::NamedRule(setting.rule));
@@ -113,6 +72,8 @@ void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens
 
 Outcome run_case(const Llama& model, const Setting& setting, const Case& example, std::size_t chunk,
                  kvcull::BlockPool& pool, const Thinking& how) {
+    if (const auto method = episode_method(setting.policy))
+        return run_conversation(model, *method, setting, example);
     Outcome outcome;
     with_policy(setting.policy, [&](auto policy, const auto& steering) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget, pool,

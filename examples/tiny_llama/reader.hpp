@@ -6,8 +6,10 @@
 #include <kvcull/cache/lookahead.hpp>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "llama.hpp"
+#include "tasks.hpp"
 
 namespace tiny_llama {
 
@@ -21,8 +23,26 @@ namespace tiny_llama {
     return static_cast<int>(best);
 }
 
-/// A model with the logits of its last call, and a count of the tokens it has read. A copy of it goes on
-/// alone, also with what the hook remembers.
+/// A cache for tokens that ask and leave no trace: see KVCache::probe.
+template <class Cache>
+struct Probed {
+    Cache& cache;
+    kvcull::HeadsView<const float> k = {}, v = {};  // of the layer that is attended to next
+
+    [[nodiscard]] std::size_t seen() const { return cache.seen(); }
+    void append(std::size_t /*layer*/, kvcull::HeadsView<const float> keys,
+                kvcull::HeadsView<const float> values, const kvcull::AppendInputs& /*inputs*/) {
+        k = keys;
+        v = values;
+    }
+    void attend(std::size_t layer, kvcull::HeadsView<const float> q, kvcull::HeadsView<float> out) {
+        cache.probe(layer, q, k, v, out);
+    }
+    void end_step(const kvcull::StepInputs& /*inputs*/) {}
+};
+
+/// A model with the logits of its last call, and a count of the tokens it has read: a kvcull::CachedModel. A
+/// copy of it goes on alone, also with what the hook remembers.
 struct Reader {
     const Llama& model;
     Hook hook = {};
@@ -30,11 +50,47 @@ struct Reader {
     std::size_t tokens = 0;
 
     template <class Cache>
+    void forward(Cache& cache, std::span<const int> text) {
+        read(text, cache);
+    }
+    template <class Cache>
+    void probe(Cache& cache, std::span<const int> text) {
+        Probed<Cache> probed{cache};
+        read(text, probed);
+    }
+
+    template <class Cache>
     void read(std::span<const int> text, Cache& cache) {
         model.forward(text, cache, logits, Llama::Logits::last, hook);
         tokens += text.size();
     }
 };
+
+/// Share of all KV heads that hold each of the first `tokens`.
+template <class Cache>
+[[nodiscard]] std::vector<float> kept_by(const Cache& cache, std::size_t tokens) {
+    std::vector<float> share(tokens);
+    const auto& shape = cache.shape();
+    for (std::size_t layer = 0; layer < shape.layers; ++layer)
+        for (std::size_t head = 0; head < shape.kv_heads; ++head)
+            for (const auto position : cache.positions(layer, head))
+                share[static_cast<std::size_t>(position)] += 1.0F / static_cast<float>(shape.heads());
+    return share;
+}
+
+/// Whether the model answers a question rightly. It goes on from its own tokens as long as they are right;
+/// then nothing counts. The question stays in the cache.
+template <class Cache>
+[[nodiscard]] bool answers(Reader& reader, const Question& question, Cache& cache) {
+    std::span<const int> next = question.ask;
+    bool right = true;
+    for (const int& answer : question.answer) {
+        reader.read(next, cache);
+        right = right && argmax(reader.logits) == answer;
+        next = {&answer, 1};
+    }
+    return right;
+}
 
 /// Lets the model go on by itself for a few tokens, on a compressed copy of the cache: their queries decide
 /// what stays of the prompt, and nothing else of them does. @returns the bytes of both caches

@@ -124,6 +124,24 @@ void print_table(std::ostream& out, std::span<const Row> rows) {
     }
 }
 
+void print_episodes(std::ostream& out, const std::string& task, const Setting& setting,
+                    const EpisodeComparison& comparison) {
+    const std::size_t questions = comparison[Asked::full].questions;
+    out << '\n'
+        << setting.policy << " at " << text_of(setting.budget) << ", " << task << ": " << comparison.found
+        << " of " << questions << " questions find their topic's episode\n"
+        << std::left << std::setw(16) << "" << std::right << std::setw(10) << "accuracy" << std::setw(16)
+        << "attention kept" << std::setw(14) << "to its topic" << '\n';
+    for (std::size_t i = 0; i < asked_names.size(); ++i) {
+        const Answers& one = comparison.answers[i];
+        if (one.questions == 0) continue;  // a single episode has no others
+        const auto count = static_cast<double>(one.questions);
+        out << std::left << std::setw(16) << asked_names[i] << std::right << std::fixed
+            << std::setprecision(3) << std::setw(10) << one.right / count << std::setw(16) << one.kept / count
+            << std::setw(14) << one.topic_kept / count << '\n';
+    }
+}
+
 void write_json(const std::filesystem::path& file, std::span<const Row> rows) {
     nlohmann::ordered_json list = nlohmann::ordered_json::array();
     for (const Row& row : rows) {

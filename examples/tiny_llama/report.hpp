@@ -7,12 +7,17 @@
 #include <string>
 #include <vector>
 
+#include "episodes.hpp"
 #include "evaluate.hpp"
 
 namespace tiny_llama {
 
 /// Per task: accuracy, kilobytes and speed of every policy at every budget; if the model thought, how much.
 void print_table(std::ostream& out, std::span<const Row> rows);
+
+/// What the caches answered, a line each, and how much of the questions' attention they keep.
+void print_episodes(std::ostream& out, const std::string& task, const Setting& setting,
+                    const EpisodeComparison& comparison);
 
 /// `{"rows": [{"task", "policy", "budget", "accuracy", "questions", "kv_bytes", "peak_bytes",
 /// "tokens_per_second"}]}`, and "thought_tokens", "second_thoughts" if the model thought; a budget below 1 is

@@ -22,16 +22,53 @@ std::vector<int> read_tokens(const Object& object, const std::string& key, std::
     return tokens;
 }
 
+std::vector<float> read_embedding(const json& list, const Object& object, const std::string& key) {
+    std::vector<float> embedding;
+    if (list.is_array())
+        for (const json& number : list)
+            if (number.is_number()) embedding.push_back(number.get<float>());
+    if (embedding.empty() || embedding.size() != list.size()) object.wrong(key, "numbers");
+    return embedding;
+}
+
+std::vector<TextSegment> read_segments(const Object& object, std::size_t tokens) {
+    std::vector<TextSegment> segments;
+    for (const json& span : object.list("segments")) {
+        const bool pair = span.is_array() && span.size() == 2 && span[0].is_number_unsigned() &&
+                          span[1].is_number_unsigned();
+        if (!pair || span[0] >= span[1] || span[1] > tokens)
+            object.wrong("segments", "pairs begin < end, not beyond " + std::to_string(tokens));
+        segments.push_back({.begin = span[0], .end = span[1]});
+    }
+    if (!object.has("embeddings")) return segments;
+    const json& embeddings = object.list("embeddings");
+    if (embeddings.size() != segments.size())
+        object.wrong("embeddings", "one for each of " + std::to_string(segments.size()) + " segments");
+    for (std::size_t i = 0; i < segments.size(); ++i)
+        segments[i].embedding = read_embedding(embeddings[i], object, "embeddings");
+    return segments;
+}
+
 Case read_case(const Object& object, std::size_t vocabulary) {
     Case example{.prompt = read_tokens(object, "prompt", vocabulary)};
     if (object.has("stream")) example.stream = read_tokens(object, "stream", vocabulary);
     object.each("questions", [&](const Object& question) {
         example.questions.push_back({.ask = read_tokens(question, "ask", vocabulary),
                                      .answer = read_tokens(question, "answer", vocabulary)});
+        if (question.has("topic")) {
+            const auto topic = question.get<std::size_t>("topic");
+            if (topic >= vocabulary)
+                question.wrong("topic", "a token id below " + std::to_string(vocabulary));
+            example.questions.back().topic = static_cast<int>(topic);
+        }
+        if (question.has("embedding"))
+            example.questions.back().embedding =
+                read_embedding(question.list("embedding"), question, "embedding");
         if (example.questions.back().ask.empty()) question.wrong("ask", "at least one token");
         if (example.questions.back().answer.empty()) question.wrong("answer", "at least one token");
     });
     if (example.prompt.empty()) object.wrong("prompt", "at least one token");
+    if (object.has("segments")) example.segments = read_segments(object, example.size());
     return example;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <filesystem>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -11,11 +12,19 @@ namespace tiny_llama {
 
 struct Question {
     std::vector<int> ask = {}, answer = {};
+    std::optional<int> topic = {};      ///< the token that names what it is about
+    std::vector<float> embedding = {};  ///< what an encoder makes of it; empty: the file has none
+};
+/// A stretch of prompt and stream, tokens begin .. end - 1, about one thing.
+struct TextSegment {
+    std::size_t begin = 0, end = 0;
+    std::vector<float> embedding = {};
 };
 /// The model reads `prompt` at once, then `stream` token by token; every question starts from that state.
 struct Case {
     std::vector<int> prompt = {}, stream = {};
     std::vector<Question> questions = {};
+    std::vector<TextSegment> segments = {};  ///< empty: the file does not say
 
     [[nodiscard]] std::size_t size() const noexcept { return prompt.size() + stream.size(); }
 };

@@ -69,6 +69,14 @@ TEST_CASE("tasks are found by folder, file and name", "[tiny_llama][contract]") 
     CHECK(thoughts[0].cases[0].size() == 421);
     CHECK(thoughts[0].cases[0].questions.size() == 8);
     CHECK(thoughts[0].cases[0].questions[0].ask.size() == 2);
+    CHECK(thoughts[0].cases[0].segments.empty());
+
+    const tiny_llama::Case talk = read({"topics"})[0].cases[0];
+    REQUIRE(talk.segments.size() == 12);
+    CHECK(talk.segments[1].begin == 36);
+    CHECK(talk.segments[11].end == talk.prompt.size());
+    CHECK(talk.segments[0].embedding.empty());
+    CHECK(talk.questions[0].topic == 9);
 }
 
 TEST_CASE("a task that is not there is an error that lists those that are", "[tiny_llama][contract]") {
@@ -99,10 +107,32 @@ TEST_CASE("a malformed task names file, place, got and want", "[tiny_llama][cont
     CHECK_THAT(with("/cases/0/questions/0/ask", json::array()), says("cases[0]: questions[0]: 'ask' is []"));
     CHECK_THAT(with("/cases/0/questions/0/answer", json::array()), says("'answer' is []"));
     CHECK_THAT(with("/cases/0/questions/0", 7), says("is 7, want an object"));
+    CHECK_THAT(with("/cases/0/segments", json::parse("[[0,3]]")), says("pairs begin < end, not beyond 2"));
+    CHECK_THAT(with("/cases/0/segments", json::parse("[[1,1]]")), says("pairs begin < end"));
+    CHECK_THAT(with("/cases/0/segments", json::parse(R"([[0,"b"]])")), says("pairs begin < end"));
+    CHECK_THAT(with("/cases/0/questions/0/topic", 448), says("want a token id below 448"));
+    CHECK_THAT(with("/cases/0/questions/0/embedding", json{1, "a"}),
+               says("'embedding' is [1,\"a\"], want numbers"));
     CHECK_THAT(with("/cases", json::array()), says("'cases' is [], want at least one case"));
     CHECK_THAT(with("/task", 3), says("'task' is 3, want a string"));
     std::ofstream(folder.path / "t.json") << "{\"task\": ";
     CHECK_THAT(complaint({(folder.path / "t.json").string()}), says("t.json: ") && says("parse error"));
+}
+
+TEST_CASE("a file may bring embeddings, one for each of its segments", "[tiny_llama][contract]") {
+    const Folder folder;
+    const json question{{"ask", {3, 4}}, {"answer", {5}}, {"embedding", {0.5, 2}}};
+    json example{{"prompt", {1, 2, 3}}, {"questions", {question}}, {"segments", {{0, 1}, {1, 3}}}};
+    example["embeddings"] = {{1, 0.5}, {0, 1}};
+    const auto file = [&] {
+        return folder.write("t.json", {{"task", "t"}, {"cases", json::array({example})}});
+    };
+    const tiny_llama::Case one = read({file()})[0].cases[0];
+    CHECK(one.segments[0].embedding == std::vector<float>{1, 0.5F});
+    CHECK(one.segments[1].embedding == std::vector<float>{0, 1});
+    CHECK(one.questions[0].embedding == std::vector<float>{0.5F, 2});
+    example["embeddings"].erase(1);
+    CHECK_THAT(complaint({file()}), says("want one for each of 2 segments"));
 }
 
 TEST_CASE("sentences of the tiny world are told apart", "[tiny_llama][property]") {
