@@ -10,5 +10,6 @@ void add_cache();       // cache/..
 void add_redundancy();  // redundancy/.. and sentences/..
 void add_paging();      // paging/..
 void add_lookahead();   // lookahead/..
+void add_episodes();    // episodes/..
 
 }  // namespace kvcull::bench

@@ -50,6 +50,7 @@ int main(int argc, char** argv) {
     kvcull::bench::add_cache();
     kvcull::bench::add_paging();
     kvcull::bench::add_lookahead();
+    kvcull::bench::add_episodes();
     kvcull::bench::add_redundancy();
     Plain<benchmark::ConsoleReporter> table(benchmark::ConsoleReporter::OO_Tabular);
     Plain<benchmark::JSONReporter> file;
