@@ -147,6 +147,8 @@ void add_cache() {
                      [policy, slack](benchmark::State& state) { run(state, policy, slack); });
         }
     });
+    add_case("cache/step/trimkv:buffer=32/heads:32x8/n:" + std::to_string(budget) + "/slack:0", 17,
+             [](benchmark::State& state) { run(state, TrimKV{.buffer = 32}, 0); });
 }
 
 }  // namespace kvcull::bench

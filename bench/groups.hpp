@@ -11,5 +11,6 @@ void add_redundancy();  // redundancy/.. and sentences/..
 void add_paging();      // paging/..
 void add_lookahead();   // lookahead/..
 void add_episodes();    // episodes/..
+void add_gates();       // gate/..
 
 }  // namespace kvcull::bench
