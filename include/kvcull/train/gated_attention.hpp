@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <span>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "documents.hpp"
@@ -32,12 +33,8 @@ struct GatedAttention {
             for_each_tile(h, tile, [&](const Rows& rows) {
                 for (std::size_t r = 0; r < rows.count; ++r) {
                     const auto row = tile.s[r].first(rows.visible(r));
-                    const T most = *std::max_element(row.begin(), row.end());
-                    T sum = 0;
-                    for (T& x : row) sum += x = std::exp(x - most);
-                    for (T& x : row) x /= sum;
+                    softmax(row, lse[h][rows.first + r]);
                     std::fill(row.end(), tile.s[r].end(), T{0});
-                    lse[h][rows.first + r] = most + std::log(sum);
                     T* const out = o.row(h, rows.first + r);
                     std::fill(out, out + o.dim, T{0});
                 }
@@ -112,6 +109,19 @@ struct GatedAttention {
     template <class View>
     auto keys(const View& view, std::size_t h, const Rows& rows) const {
         return MatrixView(view.row(h / group(), rows.begin), rows.keys(), view.dim, view.token_stride);
+    }
+
+    /// Of a row, in place.
+    static void softmax(std::span<T> row, T& lse) {
+        if constexpr (std::is_same_v<T, float>) {
+            simd::kernels().softmax(row.data(), row.size(), &lse);
+        } else {
+            const T most = *std::max_element(row.begin(), row.end());
+            T sum = 0;
+            for (T& x : row) sum += x = std::exp(x - most);
+            for (T& x : row) x /= sum;
+            lse = most + std::log(sum);
+        }
     }
 
     /// Calls `visit(rows)` with the logits of query head `h` in `tile.s`, tile after tile.

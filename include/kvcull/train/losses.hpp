@@ -50,23 +50,28 @@ struct BaseLoss {
         const std::size_t vocabulary = student.cols;
         const double by_kl = distil_rows == 0 ? 0.0 : 1.0 / static_cast<double>(distil_rows);
         const double by_ntp = predict_rows == 0 ? 0.0 : 1.0 / static_cast<double>(predict_rows);
-        std::vector<double> own(vocabulary), other(vocabulary);
+        Distribution own(vocabulary), other(vocabulary);
         Terms terms;
         for (std::size_t r = 0; r < student.rows; ++r) {
             const bool distils = counts[r] != 0, predicts = target[r] != not_counted;
-            log_softmax<T>(student[r], own);
+            if (!distils && !predicts) {
+                if (!d_student.empty()) std::fill(d_student[r].begin(), d_student[r].end(), T{0});
+                continue;
+            }
+            own.set<T>(student[r]);
             if (distils) {
-                log_softmax<T>(teacher[r], other);
+                other.set<T>(teacher[r]);
                 double sum = 0.0;
-                for (std::size_t c = 0; c < vocabulary; ++c) sum += std::exp(other[c]) * (other[c] - own[c]);
+                for (std::size_t c = 0; c < vocabulary; ++c)
+                    sum += other.p[c] * (other.log_p[c] - own.log_p[c]);
                 terms.kl += by_kl * sum;
             }
-            if (predicts) terms.ntp -= by_ntp * own[static_cast<std::size_t>(target[r])];
+            if (predicts) terms.ntp -= by_ntp * own.log_p[static_cast<std::size_t>(target[r])];
             if (d_student.empty()) continue;
             const double kl = distils ? factor(distil) * by_kl : 0.0;
             const double ntp = predicts ? factor(predict) * by_ntp : 0.0;
             for (std::size_t c = 0; c < vocabulary; ++c) {
-                const double p = std::exp(own[c]), aim = distils ? std::exp(other[c]) : 0.0;
+                const double p = own.p[c], aim = distils ? other.p[c] : 0.0;
                 const double hit = predicts && static_cast<std::size_t>(target[r]) == c ? 1.0 : 0.0;
                 d_student[r][c] = static_cast<T>(kl * (p - aim) + ntp * (p - hit));
             }
@@ -78,14 +83,26 @@ struct BaseLoss {
     [[nodiscard]] double factor(bool on) const noexcept {
         return on ? (mean && distil && predict ? 0.5 : 1.0) : 0.0;
     }
-    template <class T>
-    static void log_softmax(std::span<const T> logits, std::span<double> out) {
-        const auto most = static_cast<double>(*std::max_element(logits.begin(), logits.end()));
-        double sum = 0.0;
-        for (const T x : logits) sum += std::exp(static_cast<double>(x) - most);
-        const double lse = most + std::log(sum);
-        for (std::size_t c = 0; c < out.size(); ++c) out[c] = static_cast<double>(logits[c]) - lse;
-    }
+    /// What logits mean.
+    struct Distribution {
+        std::vector<double> p, log_p;
+
+        explicit Distribution(std::size_t vocabulary) : p(vocabulary), log_p(vocabulary) {}
+        template <class T>
+        void set(std::span<const T> logits) {
+            const auto most = static_cast<double>(*std::max_element(logits.begin(), logits.end()));
+            double sum = 0.0;
+            for (std::size_t c = 0; c < p.size(); ++c) {
+                log_p[c] = static_cast<double>(logits[c]) - most;
+                sum += p[c] = std::exp(log_p[c]);
+            }
+            const double log_sum = std::log(sum), share = 1.0 / sum;
+            for (std::size_t c = 0; c < p.size(); ++c) {
+                p[c] *= share;
+                log_p[c] -= log_sum;
+            }
+        }
+    };
     template <class T>
     static void check(std::string_view where, const MatrixView<const T>& student,
                       const MatrixView<const T>& teacher, std::span<const std::int64_t> target,
