@@ -1,11 +1,14 @@
-/// kvcull-train: retention gates of TRIM-KV for a frozen model.
+/// kvcull-train: retention gates of TRIM-KV for a frozen model, and what they are worth.
 
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdio>
+#include <ctime>
+#include <iostream>
 #include <thread>
 
 #include "../common/program.hpp"
+#include "compare.hpp"
 #include "trainer.hpp"
 
 namespace {
@@ -14,7 +17,8 @@ using namespace tiny_llama;
 
 struct Options : TrainingOptions {
     std::string model = TINY_LLAMA_MODEL_DIR, out = "gates.safetensors", state;
-    std::size_t threads = std::max(1U, std::thread::hardware_concurrency()), every = 25, stop = 0;
+    std::size_t threads = std::max(1U, std::thread::hardware_concurrency()), every = 25, stop = 0,
+                compare = 0, cases = 24;
 };
 
 void add_options(CLI::App& app, Options& o) {
@@ -39,18 +43,24 @@ void add_options(CLI::App& app, Options& o) {
     count("--steps", o.steps, "Steps");
     count("--warmup", o.warmup, "Steps until the rate is reached", 0);
     number("--rate", o.rate, "Learning rate");
+    app.add_flag("--every-token", o.every_token, "All predictions count, not only what can be recalled");
     app.add_option("--seed", o.seed, "Of weights and documents")->capture_default_str();
     count("--threads", o.threads, "Documents at a time; changes no bit of the result");
     count("--every", o.every, "Steps between two progress lines");
     count("--stop", o.stop, "End after so many steps as if killed; 0: never", 0);
+    count("--compare", o.compare,
+          "Train so many gates, seeds from --seed on, and show their answers on documents held back beside "
+          "those of other policies; 0: train gates, no more",
+          0);
+    count("--cases", o.cases, "Documents held back per task and seed");
 }
 
-void run(const Options& o) {
-    const Llama model(o.model);
+void train(const Llama& model, const Options& o) {
     GateTrainer trainer(model, o);
     if (!o.state.empty() && std::filesystem::exists(o.state)) trainer.resume(o.state);
     using Clock = std::chrono::steady_clock;
     const auto begin = Clock::now();
+    const std::clock_t busy = std::clock();
     const std::size_t first = trainer.steps_done();
     while (trainer.steps_done() < o.steps) {
         const StepReport report = trainer.step(o.threads);
@@ -68,7 +78,38 @@ void run(const Options& o) {
         if (done == o.stop) return;
     }
     trainer.write_gates(o.out);
-    std::printf("gates: %s\n", o.out.c_str());
+    const auto steps = static_cast<double>(std::max<std::size_t>(1, o.steps - first));
+    const std::chrono::duration<double, std::milli> spent = Clock::now() - begin;
+    std::printf("gates: %s, %.1f ms per step, processor time %.1f ms\n", o.out.c_str(), spent.count() / steps,
+                1e3 * static_cast<double>(std::clock() - busy) / CLOCKS_PER_SEC / steps);
+    std::fflush(stdout);
+}
+
+/// `gates.safetensors` -> `gates-2.safetensors`
+std::string with_seed(const std::string& file, std::uint64_t seed) {
+    if (file.empty()) return file;
+    const std::filesystem::path path = file;
+    return (path.parent_path() / (path.stem().string() + "-" + std::to_string(seed))).string() +
+           path.extension().string();
+}
+
+void run(const Options& options) {
+    const Llama model(options.model);
+    if (options.compare == 0) return train(model, options);
+    const std::vector<std::string> policies{"trimkv", "streaming", "h2o", "snapkv:decode_interval=16",
+                                            "keydiff"};
+    std::vector<HeldBackRow> rows;
+    for (std::size_t i = 0; i < options.compare; ++i) {
+        Options one = options;
+        one.seed += i;
+        one.out = with_seed(options.out, one.seed);
+        one.state = with_seed(options.state, one.seed);
+        train(model, one);
+        std::vector<std::string> of_seed = policies;
+        of_seed[0] += ":gates=" + one.out;
+        run_held_back(model, {.cases = options.cases, .threads = options.threads}, one.seed, of_seed, rows);
+    }
+    print_held_back(std::cout, policies, rows);
 }
 
 }  // namespace

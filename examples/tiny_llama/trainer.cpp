@@ -1,6 +1,8 @@
 #include "trainer.hpp"
 
+#include <array>
 #include <atomic>
+#include <charconv>
 #include <cmath>
 #include <kvcull/attention/rope.hpp>
 #include <kvcull/base/safetensors.hpp>
@@ -102,8 +104,12 @@ std::string text_of(const TrainingOptions& o) {
     for (const double number :
          {static_cast<double>(o.width), o.budget, o.capacity_weight, static_cast<double>(o.length),
           static_cast<double>(o.batch), static_cast<double>(o.steps), static_cast<double>(o.warmup), o.rate,
-          o.least_rate, o.weight_decay, o.clip, static_cast<double>(o.seed)})
-        text += (text.empty() ? "" : " ") + std::to_string(number);
+          o.least_rate, o.weight_decay, o.clip, static_cast<double>(o.seed), o.every_token ? 1.0 : 0.0}) {
+        std::array<char, 32> digits{};
+        const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), number).ptr;
+        if (!text.empty()) text += ' ';
+        text.append(digits.data(), end);
+    }
     return text;
 }
 
@@ -222,10 +228,16 @@ StepReport GateTrainer::learn(std::span<const int> tokens, std::span<Gate> gradi
     forward(tokens, true, student);
     const std::size_t n = tokens.size(), layers = student.layers.size(), kv_heads = model_.config().kv_heads;
 
-    std::vector<std::int64_t> target(tokens.begin() + 1, tokens.end());
-    target.push_back(train::BaseLoss::not_counted);
-    const std::vector<std::uint8_t> counts(n, 1);
-    const train::BaseLoss base{.distil_rows = n, .predict_rows = n - 1};
+    const auto counts = options_.every_token ? std::vector<std::uint8_t>(n, 1) : recalls(tokens);
+    std::vector<std::int64_t> target(n, train::BaseLoss::not_counted);
+    train::BaseLoss base;
+    for (std::size_t t = 0; t < n; ++t) {
+        if (counts[t] == 0) continue;
+        ++base.distil_rows;
+        if (t + 1 == n) continue;
+        ++base.predict_rows;
+        target[t] = tokens[t + 1];
+    }
     student.d_logits.resizeLike(student.logits);
     const auto terms =
         base.block<float>(view(std::as_const(student.logits)), view(std::as_const(teacher.logits)), target,
@@ -327,7 +339,11 @@ void GateTrainer::resume(const std::filesystem::path& path) {
     read_tensors(file, "", gates);
     read_tensors(file, "mean.", mean);
     read_tensors(file, "variance.", variance);
-    done_ = std::stoul(at("step"));
+    const std::string step = at("step");
+    std::size_t done = 0;
+    if (std::from_chars(step.data(), step.data() + step.size(), done).ec != std::errc())
+        fail(path.string(), "'step' is '" + step + "', want a number");
+    done_ = done;
     gates_ = std::move(gates);
     mean_ = std::move(mean);
     variance_ = std::move(variance);

@@ -18,6 +18,8 @@ struct TrainingOptions {
     std::size_t width = 32;      ///< of a gate's hidden layer
     double budget = 48;          ///< rows per KV head that the capacity loss allows
     double capacity_weight = 1;  ///< of the capacity loss beside distillation and next token
+    bool every_token = false;    ///< all predictions count; else only what can be recalled, as only replies
+                                 ///< do in the paper
     std::size_t length = 256;    ///< tokens of a document
     std::size_t batch = 2;       ///< documents of a step
     std::size_t steps = 500, warmup = 50;

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
+#include <kvcull/base/error.hpp>
 #include <kvcull/base/memory.hpp>
 #include <map>
 #include <numeric>
-#include <span>
+#include <string>
 
 namespace tiny_llama {
 namespace {
@@ -15,6 +17,8 @@ using namespace word;
 /// Words `first .. first + count - 1` of the vocabulary.
 struct Words {
     int first, count;
+
+    [[nodiscard]] bool holds(int token) const { return token >= first && token < first + count; }
 };
 constexpr Words topics{8, 16}, names{24, 128}, values{152, 128}, fillers{280, 168};
 
@@ -31,6 +35,13 @@ class Random {
     template <class T>
     const T& of(const std::vector<T>& list) {
         return list[between(0, list.size() - 1)];
+    }
+    /// `count` of them, or all, in random order.
+    std::vector<int> sample(std::vector<int> list, std::size_t count) {
+        count = std::min(count, list.size());
+        for (std::size_t i = 0; i < count; ++i) std::swap(list[i], list[between(i, list.size() - 1)]);
+        list.resize(count);
+        return list;
     }
 
   private:
@@ -54,6 +65,13 @@ class World {
         return topic->second;
     }
     [[nodiscard]] const std::vector<int>& all_names() const { return known_; }
+    [[nodiscard]] const std::map<int, std::vector<int>>& names_by_topic() const { return by_topic_; }
+    [[nodiscard]] Question ask_for(int name) const { return {{ask, name}, {value_.at(name)}}; }
+    [[nodiscard]] std::vector<Question> ask_for(const std::vector<int>& asked) const {
+        std::vector<Question> questions;
+        for (const int name : asked) questions.push_back(ask_for(name));
+        return questions;
+    }
 
     void fact(int topic) {
         if (free_.empty()) return;
@@ -113,6 +131,63 @@ void write_needles(World& world, Random& random, double facts, std::size_t end) 
     }
 }
 
+/// Facts among filler; the question is unknown when rows go.
+Case make_needle(Random& random) {
+    World world(random);
+    int topic = random.of(topics);
+    while (world.tokens.size() < 384) {
+        if (random.chance(0.3)) topic = random.of(topics);
+        random.chance(0.2) || !world.knows() ? world.fact(topic) : world.filler(topic);
+    }
+    return {world.tokens, {}, world.ask_for(random.sample(world.all_names(), 8))};
+}
+/// The same, but the prompt ends by announcing the question.
+Case make_asked(Random& random) {
+    Case made = make_needle(random);
+    made.questions.resize(1);
+    made.prompt.insert(made.prompt.end(), {ask, ask, made.questions[0].ask[1], stop});
+    return made;
+}
+/// A short prompt, then thoughts that restate few of its facts again and again.
+Case make_thoughts(Random& random) {
+    World world(random);
+    const int topic = random.of(topics);
+    for (int facts = 0; facts < 16; ++facts) world.fact(topic);
+    Case made{.prompt = world.tokens};
+    world.add({think});
+    const std::vector<int> loud = random.sample(world.all_names(), 5);
+    while (world.tokens.size() < 420) {
+        const double what = random.uniform();
+        if (what < 0.55)
+            world.restate(random.of(loud));
+        else if (what < 0.65)
+            world.restate(world.known_name());
+        else
+            world.filler(topic);
+    }
+    world.add({end_think});
+    made.stream.assign(world.tokens.begin() + static_cast<std::ptrdiff_t>(made.prompt.size()),
+                       world.tokens.end());
+    made.questions = world.ask_for(random.sample(world.all_names(), 8));
+    return made;
+}
+/// Segments about one topic each; topics come back.
+Case make_topics(Random& random) {
+    World world(random);
+    std::vector<int> all(static_cast<std::size_t>(topics.count));
+    std::iota(all.begin(), all.end(), topics.first);
+    const std::vector<int> chosen = random.sample(all, 4);
+    for (std::size_t segment = 0; segment < 12; ++segment) {
+        const int topic = segment < chosen.size() ? chosen[segment] : random.of(chosen);
+        for (int sentence = 0; sentence < 7; ++sentence)
+            random.chance(0.4) ? world.fact(topic) : world.filler(topic);
+    }
+    Case made{.prompt = world.tokens};
+    for (const auto& [topic, about] : world.names_by_topic())
+        for (const int name : random.sample(about, 3)) made.questions.push_back(world.ask_for(name));
+    return made;
+}
+
 }  // namespace
 
 std::vector<int> world_document(std::uint64_t seed, std::size_t length) {
@@ -135,6 +210,31 @@ std::vector<int> world_document(std::uint64_t seed, std::size_t length) {
     }
     world.tokens.resize(length);
     return std::move(world.tokens);
+}
+
+std::vector<std::uint8_t> recalls(std::span<const int> tokens) {
+    std::vector<std::uint8_t> all(tokens.size());
+    for (std::size_t t = 1; t + 1 < tokens.size(); ++t) {
+        const int before = tokens[t - 1];
+        all[t] = (before == ask || before == wait || before == so) && names.holds(tokens[t]) &&
+                 values.holds(tokens[t + 1]);
+    }
+    return all;
+}
+
+Task world_task(std::string_view name, std::uint64_t seed, std::size_t cases) {
+    constexpr std::array make{make_asked, make_needle, make_thoughts, make_topics};
+    static_assert(make.size() == world_tasks.size());
+    const auto which = std::find(world_tasks.begin(), world_tasks.end(), name);
+    kvcull::detail::check<kvcull::error::config_error>(which != world_tasks.end(), "world_task", "name", name,
+                                                       "one of asked, needle, thoughts, topics");
+    Task task{.name = std::string(name)};
+    kvcull::SplitMix64 seeds{seed};
+    for (std::size_t i = 0; i < cases; ++i) {
+        Random random(seeds());
+        task.cases.push_back(make[static_cast<std::size_t>(which - world_tasks.begin())](random));
+    }
+    return task;
 }
 
 }  // namespace tiny_llama

@@ -20,8 +20,14 @@ const Llama& model() {
     static const Llama loaded(TINY_LLAMA_MODEL_DIR);
     return loaded;
 }
-const TrainingOptions quick{
-    .width = 3, .budget = 8, .length = 64, .batch = 3, .steps = 4, .warmup = 1, .rate = 1e-2};
+const TrainingOptions quick{.width = 3,
+                            .budget = 8,
+                            .every_token = true,
+                            .length = 64,
+                            .batch = 3,
+                            .steps = 4,
+                            .warmup = 1,
+                            .rate = 1e-2};
 
 /// All gates' numbers.
 std::vector<float> numbers_of(GateTrainer& trainer) {
@@ -119,4 +125,18 @@ TEST_CASE("untrained gates change nothing and the capacity loss pulls them down"
     const auto after = trainer.learn(tiny_llama::world_document(1, 64), {});
     CHECK(after.soft_size < before.soft_size - 5);
     CHECK(after.capacity < before.capacity);
+}
+
+TEST_CASE("only what can be recalled counts as a prediction unless all tokens shall",
+          "[tiny_llama][property]") {
+    TrainingOptions options = quick;
+    options.every_token = false;
+    const GateTrainer all(model(), quick), answers(model(), options);
+    // The model knows the answers, and cannot know which filler comes.
+    const std::vector<int> tokens = tiny_llama::world_document(5, 64);
+    CHECK(answers.learn(tokens, {}).ntp < 0.2 * all.learn(tokens, {}).ntp);
+    const std::vector<int> filler(tokens.size(), 300);
+    CHECK(all.learn(filler, {}).ntp > 0);
+    CHECK(answers.learn(filler, {}).ntp == 0);
+    CHECK(answers.learn(filler, {}).kl == 0);
 }

@@ -1,6 +1,7 @@
 #include "world.hpp"
 
 #include <algorithm>
+#include <kvcull/base/error.hpp>
 #include <map>
 #include <set>
 
@@ -61,4 +62,46 @@ TEST_CASE("documents are made of the language's sentences and a name has one val
     CHECK(seen['?'] == 0);
     for (const char kind : {'f', 'w', 'r', 'a', 'q', 't'}) CHECK(seen[kind] > 10);
     CHECK(tiny_llama::world_document(1, 200) != tiny_llama::world_document(2, 200));
+}
+
+TEST_CASE("a name recalls its value in questions and thoughts, not in facts and announcements",
+          "[tiny_llama][property]") {
+    const std::vector<int> tokens{1, 8, 24, 152, 2, 3, 24, 152, 2, 3, 3, 24, 2, 6, 24, 152, 2, 3, 24};
+    std::vector<std::uint8_t> want(tokens.size());
+    want[6] = want[14] = 1;  // the last question was cut off before its answer
+    CHECK(tiny_llama::recalls(tokens) == want);
+    CHECK(tiny_llama::recalls({}).empty());
+}
+
+TEST_CASE("the questions of a task ask for what its document says", "[tiny_llama][property]") {
+    for (const std::string_view name : tiny_llama::world_tasks) {
+        const tiny_llama::Task task = tiny_llama::world_task(name, 3, 4);
+        CAPTURE(task.name);
+        REQUIRE(task.cases.size() == 4);
+        CHECK(task.cases[0].prompt != task.cases[1].prompt);
+        CHECK(task.cases[0].prompt == tiny_llama::world_task(name, 3, 1).cases[0].prompt);
+        for (const tiny_llama::Case& made : task.cases) {
+            std::vector<int> tokens = made.prompt;
+            tokens.insert(tokens.end(), made.stream.begin(), made.stream.end());
+            CHECK(tokens[0] == 1);
+            CHECK((tokens.size() > 380 && tokens.size() < 600));
+            CHECK(made.stream.empty() == (name != "thoughts"));
+            CHECK((made.questions.size() == 1) == (name == "asked"));
+            std::map<int, int> value;
+            for (const std::vector<int>& s : sentences(tokens))
+                if (s.size() == 4 && in(s[0], 8, 16) && in(s[1], 24, 128)) value[s[1]] = s[2];
+            std::set<int> asked;
+            for (const tiny_llama::Question& question : made.questions) {
+                REQUIRE(question.ask.size() == 2);
+                CHECK(question.ask[0] == 3);
+                CHECK(asked.insert(question.ask[1]).second);
+                CHECK(question.answer == std::vector{value.at(question.ask[1])});
+            }
+            if (name == "asked") {
+                const std::vector<int> last(tokens.end() - 4, tokens.end());
+                CHECK(last == std::vector{3, 3, made.questions[0].ask[1], 2});
+            }
+        }
+    }
+    CHECK_THROWS_AS(tiny_llama::world_task("needles", 1, 1), kvcull::error::config_error);
 }
