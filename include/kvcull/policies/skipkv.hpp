@@ -43,7 +43,7 @@ struct SkipKV : Base {
     bool rescale =
         !Bounded<Base>;  // penalties grow with the spread of scores, so that they decide at any scale
     Trigger trigger = Trigger::interval;
-    bool prune = true;  // forget sentences that are gone from all heads; changes no eviction
+    bool prune = true;  // forget sentences that are gone from all heads
 
     static constexpr auto fields() {
         return std::tuple_cat(Base::fields(), fields_of(&SkipKV::sentences),
