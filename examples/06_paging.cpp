@@ -8,7 +8,7 @@
 namespace {
 
 constexpr kvcull::PageLayout layout{.head_dim = 32};
-constexpr std::size_t pages = 128, frames = pages / 8, tokens = pages * layout.page_tokens, steps = 1000;
+constexpr std::size_t pages = 128, frames = pages / 8, steps = 1000;
 
 /// Page p is about topic p / 8, and about p % 8 within it.
 std::vector<float> about(std::size_t topic, std::size_t within) {

@@ -91,7 +91,7 @@ page::Requests read(Options& options, std::ostream& about) {
     const std::size_t all = count_pages(trace, options.paging);
     if (!options.sized) {
         options.slots.clear();
-        for (const std::size_t share : {8, 4, 2})
+        for (const std::size_t share : {8U, 4U, 2U})
             options.slots.push_back(std::max<std::size_t>(all / share, 1));
     }
     about << describe(trace) << '\n'

@@ -69,10 +69,9 @@ class PageTier {
     /// @return the visits in the order of `pages`, then that of `created`; valid until the next step.
     /// @throws before anything changed: config_error if a page occurs twice; state_error if a page is
     /// unknown, `created` is known, or the last step has not ended; capacity_error if the pages and what is
-    /// pinned do not fit into the frames (split the step into waves and merge their attention by
-    /// log-sum-exp). What the store or the predictor throws passes through: nothing is pinned by the step
-    /// then, `created` is not known, a victim that could not be written is back in its frame, and other pages
-    /// may have moved.
+    /// pinned do not fit into the frames (`PageAttention` splits a step into waves). What the store or the
+    /// predictor throws passes through: nothing is pinned by the step then, `created` is not known, a victim
+    /// that could not be written is back in its frame, and other pages may have moved.
     std::span<const PageVisit> step(std::span<const page_t> pages, std::optional<page_t> created = {}) {
         plan(pages, created);
         open_ = true;
