@@ -1,10 +1,15 @@
 #pragma once
-/// The policies that are measured at every size. A new one is a line here. An eviction of R-KV, which
-/// compares keys with each other, has cases of its own in bench_redundancy.cpp.
+/// The policies that are measured. A new one is a line here.
 
 #include "kvcull/policies.hpp"
 
 namespace kvcull::bench {
+
+/// The most rows that a policy is measured with.
+template <class P>
+inline constexpr std::size_t most_rows = 32768;
+template <>
+inline constexpr std::size_t most_rows<RKV> = 4096;  // it compares every key with every other
 
 /// Calls `visit(policy)` for one value of each.
 template <class Visit>
@@ -21,6 +26,7 @@ void for_each_policy(const Visit& visit) {
     visit(KeyDiff{});
     visit(KeyNorm{});
     visit(TrimKV{});
+    visit(RKV{});
     visit(SnapKV{.decode_interval = 128});  // else it lets a decoding cache grow
 }
 
