@@ -11,6 +11,10 @@
 #include "compare.hpp"
 #include "trainer.hpp"
 
+#if defined(__GLIBC__)
+#    include <malloc.h>
+#endif
+
 namespace {
 
 using namespace tiny_llama;
@@ -115,6 +119,11 @@ void run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+#if defined(__GLIBC__)
+    // A step allocates what the one before gave back: the system need not take it and clear it in between.
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
     CLI::App app("Trains retention gates (TRIM-KV) over a frozen Llama model of the tiny world",
                  "kvcull-train");
     Options options;
