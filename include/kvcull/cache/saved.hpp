@@ -204,8 +204,8 @@ class SavedTensors {
 
 /// The cache between two steps, as the bytes of a safetensors file: per layer `head_len` [kv_heads],
 /// `position` [sum], `k` [sum, head_dim], `v` [sum, value_dim] unless values are latent (rows in slot order,
-/// heads one after the other) and the policy's per-row arrays. Marks and pool are not part of it. `extra`:
-/// tensors of the caller's.
+/// heads one after the other) and the policy's state, part by part. Marks and pool are not part of it.
+/// `extra`: tensors of the caller's.
 /// @throws state_error inside a step; format_error if a name of `extra` is taken
 template <Savable P, BudgetRule Rule>
 [[nodiscard]] std::vector<std::byte> save(const KVCache<P, Rule>& cache, std::span<const Tensor> extra = {}) {
