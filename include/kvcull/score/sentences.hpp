@@ -229,8 +229,8 @@ class SentenceTable {
     void prune(CacheView cached) {
         if (cached.heads.empty() || sentences_.empty()) return;
         std::vector<std::uint8_t> stays(sentences_.size());
-        for (std::size_t i = 0; i < stays.size(); ++i) stays[i] = sentences_[i].scored ? 0 : 1;
-        stays.back() = 1;
+        for (std::size_t i = 0; i < stays.size(); ++i)
+            stays[i] = !sentences_[i].scored || i + 1 == stays.size() ? 1 : 0;
         for (const HeadView& head : cached.heads)
             head.position.for_each_run([&](std::size_t /*first*/, std::span<const position_t> run) {
                 for (const position_t& position : run)
