@@ -2,7 +2,7 @@
 
 #include "support/golden.hpp"
 
-#include "fuzz.hpp"
+#include "safetensors_mutator.hpp"
 
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     static const fuzz::TemporaryFile file("golden.safetensors");
@@ -19,7 +19,4 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
                 fuzz::offer([&] { (void)golden.array<std::int64_t>(tensor.name, axes); });
             }
     });
-}
-std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t most, unsigned seed) {
-    return fuzz::mutate_safetensors(data, size, most, seed);
 }

@@ -4,7 +4,7 @@
 
 #include <cstdlib>
 
-#include "fuzz.hpp"
+#include "safetensors_mutator.hpp"
 
 using kvcull::SafeTensors;
 
@@ -23,7 +23,4 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
             if (!same) std::abort();
         }
     });
-}
-std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t most, unsigned seed) {
-    return fuzz::mutate_safetensors(data, size, most, seed);
 }

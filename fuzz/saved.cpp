@@ -5,8 +5,8 @@
 
 #include <array>
 
-#include "fuzz.hpp"
 #include "kvcull/policies.hpp"
+#include "safetensors_mutator.hpp"
 #include "saved_shape.hpp"
 
 using namespace kvcull;
@@ -34,7 +34,4 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
         const SafeTensors file(bytes);
         fuzz::for_every_saved_policy([&](auto policy) { offer(file, bytes, policy); });
     });
-}
-std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t most, unsigned seed) {
-    return fuzz::mutate_safetensors(data, size, most, seed);
 }
