@@ -7,6 +7,7 @@
 #include <kvcull/base/memory.hpp>
 #include <nlohmann/json.hpp>
 
+#include "shipped.hpp"
 #include "support/catch.hpp"
 #include "support/failure.hpp"
 
@@ -18,20 +19,12 @@ using nlohmann::json;
 using tiny_llama::Asked;
 using tiny_llama::EpisodeComparison;
 using tiny_llama::EpisodeMethod;
-using tiny_llama::Llama;
 using tiny_llama::Setting;
 using tiny_llama::Task;
+using tiny_llama::test::model;
+using tiny_llama::test::model_folder;
+using tiny_llama::test::task;
 
-const fs::path model_folder = TINY_LLAMA_MODEL_DIR;
-
-const Llama& model() {
-    static const Llama loaded(model_folder);
-    return loaded;
-}
-Task task(const std::string& where) {
-    const std::vector<std::string> one{where};
-    return tiny_llama::read_tasks(one, model_folder, model().config().vocabulary)[0];
-}
 double accuracy(const EpisodeComparison& all, Asked asked) {
     return all[asked].right / static_cast<double>(all[asked].questions);
 }

@@ -12,25 +12,18 @@
 #include <unistd.h>
 
 #include "full_cache.hpp"
+#include "shipped.hpp"
 #include "support/catch.hpp"
 
 namespace {
 
-using tiny_llama::Llama;
 using tiny_llama::Row;
 using tiny_llama::Setting;
 using tiny_llama::Task;
+using tiny_llama::test::model;
+using tiny_llama::test::model_folder;
+using tiny_llama::test::task;
 
-const std::filesystem::path model_folder = TINY_LLAMA_MODEL_DIR;
-
-const Llama& model() {
-    static const Llama loaded(model_folder);
-    return loaded;
-}
-Task task(const std::string& name) {
-    const std::vector<std::string> where{name};
-    return tiny_llama::read_tasks(where, model_folder, model().config().vocabulary)[0];
-}
 Row run(const Setting& setting, const Task& of, std::size_t cases, std::size_t chunk = 0,
         std::size_t threads = 1) {
     return tiny_llama::run_task(model(), setting, of, cases, chunk, threads);

@@ -5,23 +5,17 @@
 #include <kvcull/base/error.hpp>
 
 #include "full_cache.hpp"
+#include "shipped.hpp"
 #include "support/catch.hpp"
 
 namespace {
 
 using replay::Trace;
 using tiny_llama::Case;
-using tiny_llama::Llama;
+using tiny_llama::test::model;
 
-const std::filesystem::path model_folder = TINY_LLAMA_MODEL_DIR;
-
-const Llama& model() {
-    static const Llama loaded(model_folder);
-    return loaded;
-}
 Case first_case(const std::string& task) {
-    const std::vector<std::string> where{task};
-    return tiny_llama::read_tasks(where, model_folder, model().config().vocabulary)[0].cases[0];
+    return tiny_llama::test::task(task).cases[0];
 }
 
 TEST_CASE("the shipped traces are what the shipped model gives", "[tiny_llama][golden]") {

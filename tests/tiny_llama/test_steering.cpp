@@ -13,18 +13,15 @@
 
 #include "evaluate.hpp"
 #include "full_cache.hpp"
+#include "shipped.hpp"
 #include "support/catch.hpp"
 
 namespace {
 
 using namespace tiny_llama;
 using kvcull::Thought;
+using tiny_llama::test::model;
 
-const std::filesystem::path model_folder = TINY_LLAMA_MODEL_DIR;
-const Llama& model() {
-    static const Llama loaded(model_folder);
-    return loaded;
-}
 /// A file of this process, gone with the value.
 struct File {
     std::string path =
@@ -173,7 +170,7 @@ TEST_CASE("any policy takes a vector, and its strength", "[tiny_llama][property]
     const File file;
     const std::size_t size = model().config().hidden;
     std::vector<float> vector(size);
-    const Task task = read_tasks(std::vector<std::string>{"thoughts"}, model_folder, 448)[0];
+    const Task task = tiny_llama::test::task("thoughts");
     const auto run = [&](const std::string& policy, std::size_t most = 48) {
         return run_task(model(), {policy, {.tokens = 64}}, task, 2, 0, 1, {.most = most});
     };

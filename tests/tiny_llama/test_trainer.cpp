@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <kvcull/score/gates.hpp>
 
+#include "shipped.hpp"
 #include "support/catch.hpp"
 #include "support/reference.hpp"
 #include "world.hpp"
@@ -13,13 +14,9 @@
 namespace {
 
 using tiny_llama::GateTrainer;
-using tiny_llama::Llama;
 using tiny_llama::TrainingOptions;
+using tiny_llama::test::model;
 
-const Llama& model() {
-    static const Llama loaded(TINY_LLAMA_MODEL_DIR);
-    return loaded;
-}
 const TrainingOptions quick{.width = 3,
                             .budget = 8,
                             .every_token = true,
