@@ -101,7 +101,7 @@ def selection(cases):
 
 def paging(cases):
     shapes = [(trace, k) for trace in ("zipf", "loop") for k in (64, 512, 4096)]
-    for cache in ("guard", "guard_lru", "lru"):
+    for cache in ("guard", "guard_ahead", "guard_lru", "lru"):
         yield [f"`{cache}`"] + [
             cells(cases, f"paging/{cache}/{trace}/k:{k}", "{:.1f} ({:.2f})", "ns_per_request", "over_list")
             for trace, k in shapes
