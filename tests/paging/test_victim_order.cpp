@@ -35,7 +35,7 @@ Rank rank(const Slot& slot) {
 
 TEMPLATE_TEST_CASE("an order names the victim that a scan of all slots names", "[property]", Lru, Fifo,
                    Labels, Furthest) {
-    for (const slot_t slots : {1U, 2U, 5U, 33U, 200U}) {
+    for (const slot_t slots : {1U, 2U, 5U, 33U, 200U, 600U}) {
         SplitMix64 random{slots};
         TestType order(slots);
         std::map<slot_t, Slot> model;

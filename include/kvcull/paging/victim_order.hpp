@@ -11,6 +11,7 @@
 
 #include "../base/config.hpp"
 #include "page_cache.hpp"
+#include "tournament.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
 
@@ -42,10 +43,10 @@ void touch(Order& order, const Served& request) {
 /// with NaN are anybody's guess under -ffast-math.
 [[nodiscard]] inline std::uint64_t ordered_bits(double value) noexcept {
     constexpr std::uint64_t sign = std::uint64_t{1} << 63U, infinity = 0x7FF0000000000000U;
-    std::uint64_t bits = std::bit_cast<std::uint64_t>(value);
-    if ((bits & ~sign) > infinity) bits = infinity;
-    if (bits == sign) bits = 0;
-    return (bits & sign) != 0 ? ~bits : bits | sign;
+    const std::uint64_t bits = std::bit_cast<std::uint64_t>(value);
+    if (bits <= infinity || bits == sign) [[likely]]
+        return bits | sign;
+    return (bits & ~sign) > infinity ? infinity | sign : ~bits;
 }
 
 /// Slots from the oldest to the newest, some of them hidden. All calls O(1), amortised over what was hidden:
@@ -162,93 +163,38 @@ class Labels {
 };
 
 /// Largest value first, of equal ones the least recently requested. With next times as values this is the
-/// blind oracle, with the true ones Belady's rule, with page scores whatever they say. O(log slots): a heap
-/// of four children per node, keys inside, so that a level costs about two cache lines.
+/// blind oracle, with the true ones Belady's rule, with page scores whatever they say. O(log slots), and a
+/// comparison for a request that leaves a slot among those that stay.
 class Furthest {
   public:
-    explicit Furthest(std::size_t slots) : known_(slots) { heap_.reserve(slots); }
+    explicit Furthest(std::size_t slots) : visible_(slots), aside_(slots), hidden_(slots) {}
 
     void touch(slot_t slot, std::uint64_t now, double value) noexcept {
-        Known& known = known_[slot];
-        known.key = {detail::ordered_bits(value), now};
-        known.listed = true;
-        update(slot);
+        const std::uint64_t bits = detail::ordered_bits(value);
+        visible_.date(slot, now);
+        if (hidden_[slot] != 0)
+            aside_[slot] = bits;
+        else
+            visible_.set(slot, bits);
     }
     void drop(slot_t slot) noexcept {
-        take_out(slot);
-        known_[slot].listed = false;
+        aside_[slot] = 0;
+        if (hidden_[slot] == 0) visible_.set(slot, 0);
     }
     void hide(slot_t slot) noexcept {
-        take_out(slot);
-        known_[slot].hidden = true;
+        if (std::exchange(hidden_[slot], 1) != 0) return;
+        aside_[slot] = visible_.value(slot);
+        visible_.set(slot, 0);
     }
     void show(slot_t slot) noexcept {
-        known_[slot].hidden = false;
-        update(slot);
+        if (std::exchange(hidden_[slot], 0) != 0) visible_.set(slot, aside_[slot]);
     }
-    [[nodiscard]] slot_t victim() const noexcept { return heap_.front().slot; }
+    [[nodiscard]] slot_t victim() const noexcept { return visible_.winner(); }
 
   private:
-    static constexpr std::size_t nowhere = ~std::size_t{0}, children = 4;
-    struct Key {
-        std::uint64_t value = 0, last = 0;
-        [[nodiscard]] bool goes_before(const Key& other) const noexcept {
-            return value != other.value ? value > other.value : last < other.last;
-        }
-    };
-    struct Known {
-        Key key;
-        std::size_t at = nowhere;  // in the heap
-        bool listed = false, hidden = false;
-    };
-    struct Node {
-        Key key;
-        slot_t slot = 0;
-    };
-
-    /// Puts the slot where its key belongs, if it is visible.
-    void update(slot_t slot) noexcept {
-        Known& known = known_[slot];
-        if (!known.listed || known.hidden) return;
-        if (known.at == nowhere) {
-            known.at = heap_.size();
-            heap_.emplace_back();
-        }
-        settle(known.at, {known.key, slot});
-    }
-    void take_out(slot_t slot) noexcept {
-        const std::size_t at = std::exchange(known_[slot].at, nowhere);
-        if (at == nowhere) return;
-        const Node last = heap_.back();
-        heap_.pop_back();
-        if (at < heap_.size()) settle(at, last);
-    }
-    /// Moves the hole at `at` up or down until `node` fits.
-    void settle(std::size_t at, const Node& node) noexcept {
-        while (at > 0 && node.key.goes_before(heap_[(at - 1) / children].key)) {
-            place((at - 1) / children, at);
-            at = (at - 1) / children;
-        }
-        for (;;) {
-            const std::size_t first = children * at + 1, stop = std::min(first + children, heap_.size());
-            if (first >= stop) break;
-            std::size_t best = first;
-            for (std::size_t i = first + 1; i < stop; ++i)
-                if (heap_[i].key.goes_before(heap_[best].key)) best = i;
-            if (!heap_[best].key.goes_before(node.key)) break;
-            place(best, at);
-            at = best;
-        }
-        heap_[at] = node;
-        known_[node.slot].at = at;
-    }
-    void place(std::size_t from, std::size_t to) noexcept {
-        heap_[to] = heap_[from];
-        known_[heap_[to].slot].at = to;
-    }
-
-    std::vector<Known> known_;
-    std::vector<Node> heap_;
+    detail::Tournament visible_;
+    std::vector<std::uint64_t> aside_;  // values of hidden slots
+    std::vector<std::uint8_t> hidden_;
 };
 
 }  // namespace kvcull::inline KVCULL_ABI
