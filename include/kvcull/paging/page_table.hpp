@@ -1,6 +1,7 @@
 #pragma once
 /// Where pages are: a hash table from a page's id to its slot, or to the note that was left when it went out.
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -18,8 +19,9 @@ using slot_t = std::uint32_t;
 
 namespace detail {
 
-/// Open addressing with linear probing, at most half full: a look-up touches about one cache line, and
-/// nothing is allocated per page. A page is *resident* (it has a slot), *gone* (it has a note, a number in 1
+/// Open addressing with linear probing, at most a quarter full: nearly every look-up ends where it begins,
+/// and nothing is allocated per page. A page is *resident* (it has a slot), *gone* (it has a note, a number
+/// in 1
 /// .. 2^62 - 1), or unknown. Entries stay where they are until the table is rebuilt, those of forgotten pages
 /// too. 16 bytes per entry.
 class PageTable {
@@ -39,8 +41,8 @@ class PageTable {
 
     /// Makes room for `pages` entries. @throws config_error, std::bad_alloc; nothing has changed then.
     void reserve(std::size_t pages) {
-        check<error::config_error>(pages <= max_pages, "PageTable::reserve", "pages", pages, "at most 2^58");
-        if (const std::size_t wanted = std::bit_ceil(2 * pages + 2); wanted > entries_.size())
+        check<error::config_error>(pages <= max_pages, "PageTable::reserve", "pages", pages, "at most 2^57");
+        if (const std::size_t wanted = std::bit_ceil(room * (pages + 1)); wanted > entries_.size())
             rebuild(wanted, [](std::uint64_t) { return true; });
     }
     /// Makes room for one more entry. Where the table would have to grow, notes for which `keep(note)` is
@@ -48,28 +50,25 @@ class PageTable {
     /// @return true if places from before are not valid any more. @throws std::bad_alloc as `reserve`.
     template <class Keep>
     bool make_room(const Keep& keep) {
-        if (2 * (count_ + 1) <= entries_.size()) return false;
+        if (count_ < most_) return false;
         std::size_t used = 1;
         for (const Entry& entry : entries_) used += in_use(entry.state, keep) ? 1 : 0;
-        rebuild(4 * used > entries_.size() ? std::bit_ceil(4 * used) : entries_.size(), keep);
+        rebuild(std::max(std::bit_ceil(2 * room * used), entries_.size()), keep);
         return true;
     }
 
     /// Entries, those of forgotten pages included.
     [[nodiscard]] std::size_t size() const noexcept { return count_; }
     [[nodiscard]] Place find(page_t page) const noexcept {
-        if (entries_.empty()) return {};
         std::size_t i = home(page);
         while (entries_[i].state != 0 && entries_[i].page != page) i = next(i);
         return {i, entries_[i].state};
     }
     /// A look-up soon will find the page's part of the table in near memory.
-    void prefetch(page_t page) const noexcept {
-        if (!entries_.empty()) __builtin_prefetch(entries_.data() + home(page));
-    }
+    void prefetch(page_t page) const noexcept { __builtin_prefetch(entries_.data() + home(page)); }
     /// `place` comes from `find(page)`; a new entry needs room.
     void put(Place place, page_t page, std::uint64_t state) noexcept {
-        KVCULL_ASSERT(2 * (count_ + 1) <= entries_.size() || place.state != 0);
+        KVCULL_ASSERT(count_ < most_ || place.state != 0);
         count_ += place.state == 0 ? 1 : 0;
         entries_[place.index] = {page, state};
     }
@@ -81,9 +80,10 @@ class PageTable {
         page_t page = 0;
         std::uint64_t state = 0;
     };
-    static constexpr std::size_t max_pages = std::size_t{1} << 58U;
+    static constexpr std::size_t max_pages = std::size_t{1} << 57U;
+    static constexpr std::size_t room = 4;  // entries per page: most look-ups end at the first one
 
-    [[nodiscard]] std::size_t next(std::size_t i) const noexcept { return (i + 1) & (entries_.size() - 1); }
+    [[nodiscard]] std::size_t next(std::size_t i) const noexcept { return (i + 1) & mask_; }
     /// Fibonacci hashing: runs and strides of ids, as packed ids have them, spread evenly.
     [[nodiscard]] std::size_t home(page_t page) const noexcept {
         return static_cast<std::size_t>((page * 0x9E3779B97F4A7C15U) >> shift_);
@@ -97,14 +97,16 @@ class PageTable {
         std::vector<Entry> old(size);
         old.swap(entries_);
         shift_ = 64U - static_cast<unsigned>(std::countr_zero(size));
+        mask_ = size - 1;
+        most_ = size / room;
         count_ = 0;
         for (const Entry& entry : old)
             if (in_use(entry.state, keep)) put(find(entry.page), entry.page, entry.state);
     }
 
-    std::vector<Entry> entries_;  // a power of two of them, at least 2
-    std::size_t count_ = 0;
-    unsigned shift_ = 63;
+    std::vector<Entry> entries_ = std::vector<Entry>(room);  // a power of two of them
+    std::size_t count_ = 0, most_ = 1, mask_ = room - 1;
+    unsigned shift_ = 62;
 };
 
 }  // namespace detail
