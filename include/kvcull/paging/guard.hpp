@@ -57,12 +57,12 @@ class GuardRule {
         return {guard ? old_.random(options_.draws) : base_.victim(), phase_, guard};
     }
     void served(const Served& request) {
-        detail::touch(base_, request);
-        old_.remove(request.slot);
         if (request.guard) {
             guards_.push_back(request.slot);
             set_flag(request.slot, guarded_flag);
         }
+        detail::touch(base_, request);  // hidden before, where it is guarded: the order need not rank it
+        old_.remove(request.slot);
     }
     void dropped(slot_t slot) {
         old_.remove(slot);
@@ -70,10 +70,14 @@ class GuardRule {
         base_.drop(slot);
     }
     void pinned(slot_t slot) {
+        ++pinned_;
         old_.remove(slot);
         set_flag(slot, pinned_flag);
     }
-    void unpinned(slot_t slot) { clear_flag(slot, pinned_flag); }
+    void unpinned(slot_t slot) {
+        --pinned_;
+        clear_flag(slot, pinned_flag);
+    }
     [[nodiscard]] bool remembers(std::uint64_t evicted_in) const noexcept { return evicted_in == phase_; }
 
   private:
@@ -85,6 +89,7 @@ class GuardRule {
         for (const slot_t slot : guards_) clear_flag(slot, guarded_flag);
         guards_.clear();
         old_.fill();
+        if (pinned_ == 0) return;
         // No more work than the requests of a phase: those go at least once to each slot without a pin.
         for (slot_t slot = 0; slot < flags_.size(); ++slot)
             if ((flags_[slot] & pinned_flag) != 0) old_.remove(slot);
@@ -103,6 +108,7 @@ class GuardRule {
     SlotSet old_;
     std::vector<std::uint8_t> flags_;
     std::vector<slot_t> guards_;  // guarded in this phase, each at most once
+    std::size_t pinned_ = 0;
     std::uint64_t phase_ = 0, errors_ = 0;
 };
 
