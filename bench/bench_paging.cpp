@@ -1,7 +1,7 @@
 /// paging/<cache>/<trace>/k:<slots>: a page cache over a trace of requests, from empty to its end,
 /// predictions made beforehand. Beside it, sample by sample, an LRU made of std::unordered_map and std::list
 /// over the same requests; `over_list` is how many times as many requests per second the cache serves.
-/// `_ahead`: the cache hears of each page eight requests before. The trace `real` is run where
+/// `_ahead`: the cache hears of each page sixteen requests before. The trace `real` is run where
 /// KVCULL_GOLDEN_DIR names a folder with guard/cloudphysics_*.
 
 #include <algorithm>
@@ -22,7 +22,7 @@
 namespace kvcull::bench {
 namespace {
 
-constexpr std::size_t requests = 200'000, lead = 8;
+constexpr std::size_t requests = 200'000, lead = 16;
 
 struct PageTrace {
     std::vector<page_t> pages;
@@ -114,6 +114,7 @@ void add_caches(const std::string& trace, MakeTrace make) {
     add<Guard<>>("guard/" + trace, make);
     add<Guard<>, lead>("guard_ahead/" + trace, make);
     add<Guard<Lru>>("guard_lru/" + trace, make);
+    add<Guard<Lru>, lead>("guard_lru_ahead/" + trace, make);
     add<Follow<Lru>>("lru/" + trace, make);
 }
 

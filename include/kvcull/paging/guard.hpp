@@ -83,7 +83,7 @@ class GuardRule {
   private:
     static constexpr std::uint8_t guarded_flag = 1, pinned_flag = 2;
 
-    void begin_phase() {
+    [[gnu::noinline]] void begin_phase() {
         ++phase_;
         errors_ = 0;
         for (const slot_t slot : guards_) clear_flag(slot, guarded_flag);
@@ -94,7 +94,7 @@ class GuardRule {
         for (slot_t slot = 0; slot < flags_.size(); ++slot)
             if ((flags_[slot] & pinned_flag) != 0) old_.remove(slot);
     }
-    void set_flag(slot_t slot, std::uint8_t flag) {
+    [[gnu::noinline]] void set_flag(slot_t slot, std::uint8_t flag) {
         if (flags_[slot] == 0) base_.hide(slot);
         flags_[slot] = static_cast<std::uint8_t>(flags_[slot] | flag);
     }

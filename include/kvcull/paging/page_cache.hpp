@@ -86,7 +86,7 @@ class SlotCache {
 
     /// @throws state_error if the page is not here, no slot is free and all are pinned, or std::bad_alloc;
     /// nothing has changed then.
-    Access request(page_t page, double value) {
+    [[gnu::always_inline]] Access request(page_t page, double value) {
         auto place = table_.find(page);
         Access access{.hit = place.has_slot(), .slot = place.slot()};
         if (!access.hit) {
@@ -98,9 +98,7 @@ class SlotCache {
             }
         }
         if constexpr (requires { rule_.requested(page, value); }) rule_.requested(page, value);
-        if (!access.hit) {
-            load(page, place, access);
-        }
+        if (!access.hit) load(page, place, access);
         rule_.served({page, access.slot, now_++, value, access.hit, access.guard});
         return access;
     }
@@ -151,7 +149,7 @@ class SlotCache {
     /// Pages that are resident.
     [[nodiscard]] std::size_t size() const noexcept { return page_.size() - free_.size(); }
     [[nodiscard]] std::size_t pinned_slots() const noexcept { return pinned_; }
-    /// What the table holds, 32 bytes or more each: resident pages, and gone ones until it is swept.
+    /// What the table holds, 64 bytes or more each: resident pages, and gone ones until it is swept.
     [[nodiscard]] std::size_t known_pages() const noexcept { return table_.size(); }
     [[nodiscard]] const Rule& rule() const noexcept { return rule_; }
     /// Room for `pages` different pages: no request allocates until more were seen.
@@ -166,7 +164,7 @@ class SlotCache {
                                            "1 to 2^31 - 1");
         return slots;
     }
-    void find_entries() noexcept {
+    [[gnu::noinline]] void find_entries() noexcept {
         for (slot_t slot = 0; slot < page_.size(); ++slot)
             if (const auto place = table_.find(page_[slot]); place.has_slot() && place.slot() == slot)
                 entry_[slot] = place.index;

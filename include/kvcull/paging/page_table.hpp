@@ -51,10 +51,14 @@ class PageTable {
     template <class Keep>
     bool make_room(const Keep& keep) {
         if (count_ < most_) return false;
+        sweep(keep);
+        return true;
+    }
+    template <class Keep>
+    [[gnu::noinline]] void sweep(const Keep& keep) {
         std::size_t used = 1;
         for (const Entry& entry : entries_) used += in_use(entry.state, keep) ? 1 : 0;
         rebuild(std::max(std::bit_ceil(2 * room * used), entries_.size()), keep);
-        return true;
     }
 
     /// Entries, those of forgotten pages included.
@@ -93,7 +97,7 @@ class PageTable {
         return (state & resident) != 0 || (state != 0 && state != forgotten && keep(state));
     }
     template <class Keep>
-    void rebuild(std::size_t size, const Keep& keep) {
+    [[gnu::noinline]] void rebuild(std::size_t size, const Keep& keep) {
         std::vector<Entry> old(size);
         old.swap(entries_);
         shift_ = 64U - static_cast<unsigned>(std::countr_zero(size));

@@ -32,7 +32,7 @@ class Tournament {
     void set(slot_t slot, std::uint64_t value) noexcept {
         const std::size_t leaf = leaves_ + slot, match = above(leaf);
         values_[leaf] = value;
-        if (value >= values_[match] || slot == slots_[match]) carry(slot, value, match);
+        if (slot == slots_[match] || outdoes(slot, value, match)) carry(slot, value, match);
     }
     /// Breaks ties of the values that are set from now on.
     void date(slot_t slot, std::uint64_t time) noexcept { times_[slot] = time; }
@@ -46,13 +46,16 @@ class Tournament {
         return node / eight + root - 1;
     }
 
-    /// The slot's value has changed to `value`, and `match` may feel it.
-    void carry(slot_t slot, std::uint64_t value, std::size_t match) noexcept {
+    [[nodiscard]] bool outdoes(slot_t slot, std::uint64_t value, std::size_t match) const noexcept {
+        return value > values_[match] || (value == values_[match] && times_[slot] < times_[slots_[match]]);
+    }
+    /// The slot's value has changed to `value`, and `match` feels it.
+    [[gnu::noinline]] void carry(slot_t slot, std::uint64_t value, std::size_t match) noexcept {
         for (;; match = above(match)) {
-            if (value > values_[match]) {
+            if (outdoes(slot, value, match)) {
                 values_[match] = value;
                 slots_[match] = slot;
-            } else if (value == values_[match] || slot == slots_[match]) {
+            } else if (slot == slots_[match]) {
                 play(match);
             } else {
                 return;
@@ -66,11 +69,11 @@ class Tournament {
             bool second = values_[b] > values_[a];
             if (values_[a] == values_[b]) [[unlikely]]
                 second = times_[slots_[b]] < times_[slots_[a]];
-            return a + (b - a) * static_cast<std::size_t>(second);  // compilers make a branch of a choice
+            // A mask, because compilers make a branch of a choice.
+            return a + ((b - a) & (std::size_t{0} - static_cast<std::size_t>(second)));
         };
-        const std::size_t low = better(better(first, first + 1), better(first + 2, first + 3));
-        const std::size_t high = better(better(first + 4, first + 5), better(first + 6, first + 7));
-        const std::size_t best = better(low, high);
+        const auto pair = [&](std::size_t i) { return better(first + i, first + i + 1); };
+        const std::size_t best = better(better(pair(0), pair(2)), better(pair(4), pair(6)));
         values_[match] = values_[best];
         slots_[match] = slots_[best];
     }

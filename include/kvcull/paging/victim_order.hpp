@@ -53,7 +53,7 @@ void touch(Order& order, const Served& request) {
 /// a cursor stands where everything older is hidden.
 class AgeList {
   public:
-    explicit AgeList(std::size_t slots) : nodes_(slots + 1), cursor_(end()) {
+    explicit AgeList(std::size_t slots) : nodes_(slots + 1), end_(static_cast<slot_t>(slots)), cursor_(end_) {
         nodes_[end()].newer = nodes_[end()].older = end();
     }
 
@@ -85,7 +85,7 @@ class AgeList {
     [[nodiscard]] slot_t oldest() noexcept { return cursor_ = visible_from(cursor_); }
     /// The next newer visible one.
     [[nodiscard]] slot_t after(slot_t slot) const noexcept { return visible_from(nodes_[slot].newer); }
-    [[nodiscard]] slot_t end() const noexcept { return static_cast<slot_t>(nodes_.size() - 1); }
+    [[nodiscard]] slot_t end() const noexcept { return end_; }
 
   private:
     struct Node {
@@ -99,7 +99,7 @@ class AgeList {
     }
 
     std::vector<Node> nodes_;  // the last one closes the ring
-    slot_t cursor_;
+    slot_t end_, cursor_;
 };
 
 /// What orders by age have in common: they differ in what makes a slot the newest.
