@@ -100,8 +100,8 @@ def selection(cases):
 
 
 def paging(cases):
-    shapes = [(trace, k) for trace in ("zipf", "loop") for k in (64, 512, 4096)]
-    for cache in ("guard", "guard_ahead", "guard_lru", "lru"):
+    shapes = [(trace, k) for trace in ("zipf", "loop", "real") for k in (64, 512, 4096)]
+    for cache in ("guard", "guard_ahead", "guard_lru", "guard_lru_ahead", "lru"):
         yield [f"`{cache}`"] + [
             cells(cases, f"paging/{cache}/{trace}/k:{k}", "{:.1f} ({:.2f})", "ns_per_request", "over_list")
             for trace, k in shapes
@@ -135,7 +135,8 @@ def main():
     table("Policies, n = 4096", ["policy", "observe, us", "score, us", "evict, us", "state, bytes per row",
                                  "step, 128 rows of slack", "step, one row at a time"], policies(cases))
     table("Selection", ["selection, one head", "n 4096", "n 65536"], selection(cases))
-    table("Paging", ["cache", "zipf k 64", "k 512", "k 4096", "loop k 64", "k 512", "k 4096"], paging(cases))
+    table("Paging", ["cache", "zipf k 64", "k 512", "k 4096", "loop k 64", "k 512", "k 4096", "real k 64", "k 512",
+                     "k 4096"], paging(cases))
     table("Redundancy", ["`R-KV`'s redundancy", "n 640", "n 1664", "n 4224"], redundancy(cases))
     table("Sentences and look-ahead", ["case", "best, us", "spread"], others(cases))
 
