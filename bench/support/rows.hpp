@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kvcull/base/memory.hpp"
+#include "kvcull/simd/kernels.hpp"
 #include "kvcull/views.hpp"
 
 namespace kvcull::bench {
@@ -30,7 +31,7 @@ class Rows {
         : dtype_(dtype),
           n_(n),
           dim_(dim),
-          head_bytes_(n * dim * size_of(dtype)),
+          head_bytes_(n * row_bytes(dtype, dim)),
           bytes_(2 * heads * head_bytes_) {
         static Scratch<std::byte> arena;
         static std::size_t filled = 0;
@@ -40,14 +41,8 @@ class Rows {
         constexpr std::size_t pattern = 1U << 18U;  // numbers; repeated, as only their range matters for time
         std::vector<float> numbers(pattern);
         fill(numbers, 7);
-        std::vector<std::byte> cell(pattern * size_of(dtype));
-        for (std::size_t i = 0; i < pattern; ++i) {
-            const float16 half = to_float16(numbers[i]);
-            const bfloat16 brain = to_bfloat16(numbers[i]);
-            if (dtype == DType::f32) std::memcpy(&cell[4 * i], &numbers[i], 4);
-            if (dtype == DType::f16) std::memcpy(&cell[2 * i], &half, 2);
-            if (dtype == DType::bf16) std::memcpy(&cell[2 * i], &brain, 2);
-        }
+        std::vector<std::byte> cell(row_bytes(dtype, pattern));
+        simd::narrow(simd::kernels(), dtype, numbers.data(), pattern, cell.data());
         for (std::size_t at = 0; at < bytes_; at += cell.size())
             std::memcpy(data_ + at, cell.data(), std::min(cell.size(), bytes_ - at));
         filled = bytes_;
@@ -57,10 +52,17 @@ class Rows {
     [[nodiscard]] std::span<const std::byte> memory() const { return {data_, bytes_}; }
     [[nodiscard]] std::byte* k(std::size_t head) const { return data_ + head * head_bytes_; }
     [[nodiscard]] std::byte* v(std::size_t head) const { return data_ + bytes_ / 2 + head * head_bytes_; }
-    [[nodiscard]] RowsView keys(std::size_t head) const { return {k(head), dtype_, n_, dim_, dim_}; }
-    [[nodiscard]] RowsView values(std::size_t head) const { return {v(head), dtype_, n_, dim_, dim_}; }
+    [[nodiscard]] RowsView keys(std::size_t head) const { return keys(head, n_); }
+    [[nodiscard]] RowsView values(std::size_t head) const { return values(head, n_); }
+    /// The first `rows`.
+    [[nodiscard]] RowsView keys(std::size_t head, std::size_t rows) const { return view(k(head), rows); }
+    [[nodiscard]] RowsView values(std::size_t head, std::size_t rows) const { return view(v(head), rows); }
 
   private:
+    [[nodiscard]] RowsView view(const std::byte* data, std::size_t rows) const {
+        return {data, dtype_, rows, dim_, elements(dtype_, dim_)};
+    }
+
     DType dtype_;
     std::size_t n_, dim_, head_bytes_, bytes_;
     std::byte* data_ = nullptr;

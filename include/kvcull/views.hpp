@@ -6,6 +6,7 @@
 #include <span>
 
 #include "base/error.hpp"
+#include "base/quantised.hpp"
 #include "base/types.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
@@ -66,8 +67,8 @@ template <class T>
 
 /// Cached rows of one KV head: `rows` rows of `dim` numbers of type `dtype`, as one strided run or as a table
 /// of blocks of `block_rows` rows each (the last one may be partly filled). `stride` counts elements between
-/// rows. The element type is a value and not a template parameter, so that a policy compiles once for all of
-/// them.
+/// rows: numbers, or groups of int8 and int4 rows. The element type is a value and not a template parameter,
+/// so that a policy compiles once for all of them.
 class RowsView {
   public:
     /// Longest stretch of rows that lie `stride` elements apart.
@@ -101,7 +102,7 @@ class RowsView {
     [[nodiscard]] constexpr std::size_t dim() const noexcept { return dim_; }
     [[nodiscard]] constexpr std::size_t stride() const noexcept { return stride_; }
     [[nodiscard]] constexpr DType dtype() const noexcept { return dtype_; }
-    [[nodiscard]] constexpr std::size_t row_bytes() const noexcept { return dim_ * size_of(dtype_); }
+    [[nodiscard]] constexpr std::size_t row_bytes() const noexcept { return kvcull::row_bytes(dtype_, dim_); }
 
     [[nodiscard]] const std::byte* row(std::size_t index) const noexcept {
         const std::size_t step = stride_ * size_of(dtype_);
@@ -133,6 +134,10 @@ class RowsView {
         if (dtype_ == DType::f32) copy(reinterpret_cast<const float*>(source));
         if (dtype_ == DType::f16) copy(reinterpret_cast<const float16*>(source));
         if (dtype_ == DType::bf16) copy(reinterpret_cast<const bfloat16*>(source));
+        if (dtype_ == DType::int8)
+            widen_groups(reinterpret_cast<const int8_group*>(source), out.data(), dim_);
+        if (dtype_ == DType::int4)
+            widen_groups(reinterpret_cast<const int4_group*>(source), out.data(), dim_);
     }
 
   private:

@@ -449,7 +449,7 @@ TEST_CASE("an evictor is checked when it is made", "[contract]") {
 TEST_CASE("foreign buffers and KVCache keep the same rows in the same slots, with the same outputs",
           "[differential]") {
     const std::size_t chunk = GENERATE(std::size_t{5}, 17);
-    const DType dtype = GENERATE(DType::f32, DType::f16, DType::bf16);
+    const DType dtype = GENERATE(DType::f32, DType::f16, DType::bf16, DType::int8, DType::int4);
     for_every_policy([&](auto policy) {
         CAPTURE(policy.name, chunk, name_of(dtype));
         CacheShape shape = small;

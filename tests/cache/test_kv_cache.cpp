@@ -159,7 +159,7 @@ bool agrees_with_rebuilt(KVCache<P>& cache, const Stream& stream, std::size_t fi
 
 TEST_CASE("attention after evictions has the bits of a cache built from the kept rows in their slot order",
           "[differential]") {
-    const DType dtype = GENERATE(DType::f32, DType::f16, DType::bf16);
+    const DType dtype = GENERATE(DType::f32, DType::f16, DType::bf16, DType::int8, DType::int4);
     const std::size_t group = GENERATE(std::size_t{1}, 4, 7);
     const std::size_t dim = GENERATE(std::size_t{1}, 80, 128, 257);
     const std::size_t value_dim = dim == 128 ? dim : dim / 2 + 3;

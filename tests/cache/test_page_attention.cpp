@@ -99,7 +99,7 @@ TEST_CASE("attention in waves equals attention over all rows", "[differential]")
 }
 
 TEST_CASE("pages that fit together give the bits of attention over the same pages in memory", "[property]") {
-    const DType dtype = GENERATE(DType::f32, DType::f16, DType::bf16);
+    const DType dtype = GENERATE(DType::f32, DType::f16, DType::bf16, DType::int8, DType::int4);
     constexpr std::size_t dim = 80, group = 4;
     Head head({.head_dim = dim, .page_tokens = 16, .dtype = dtype}, 6, {16, 16, 16, 16, 16, 5});
     const auto q = random_floats(group * dim, 3);

@@ -51,7 +51,7 @@ KVCache<EpiCache> small(BlockPool& pool, std::size_t tokens = 9) {
 }  // namespace
 
 TEST_CASE("a cache that was loaded holds the same and goes on the same, bit for bit", "[property]") {
-    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (const DType dtype : all_dtypes) {
         CacheShape of = shape;
         of.dtype = dtype;
         const Stream stream(of, 60, 7);

@@ -29,12 +29,15 @@ float random_float(SplitMix64& random) {
     return static_cast<float>(random.uniform() * 8 - 4);
 }
 
-/// The element as it must come out of the cache.
-std::uint32_t stored_bits(float x, DType dtype) {
-    const float y = dtype == DType::f16    ? to_float(to_float16(x))
-                    : dtype == DType::bf16 ? to_float(to_bfloat16(x))
-                                           : x;
-    return std::bit_cast<std::uint32_t>(y);
+/// A row as it must come out of the cache.
+std::vector<std::uint32_t> stored_bits(std::span<const float> row, DType dtype) {
+    std::vector<std::byte> stored(row_bytes(dtype, row.size()));
+    simd::narrow(simd::kernels_for(simd::Isa::scalar), dtype, row.data(), row.size(), stored.data());
+    std::vector<float> wide(row.size());
+    RowsView(stored.data(), dtype, 1, row.size(), 0).widen(0, wide);
+    std::vector<std::uint32_t> bits;
+    for (const float x : wide) bits.push_back(std::bit_cast<std::uint32_t>(x));
+    return bits;
 }
 
 /// What a Storage holds, as plain vectors: the meaning of every operation.
@@ -103,13 +106,9 @@ struct Pair {
         for (float& x : v) x = random_float(random);
         for (std::size_t row = 0; row < count; ++row) {
             positions[row] = static_cast<position_t>(random() >> 1U);
-            Model::Row wanted{{}, {}, positions[row]};
-            for (std::size_t c = 0; c < layout.key_dim; ++c) {
-                wanted.k.push_back(stored_bits(k[row * k_stride + c], layout.dtype));
-            }
-            for (std::size_t c = 0; c < layout.value_dim; ++c) {
-                wanted.v.push_back(stored_bits(v[row * v_stride + c], layout.dtype));
-            }
+            Model::Row wanted{stored_bits({&k[row * k_stride], layout.key_dim}, layout.dtype),
+                              stored_bits({&v[row * v_stride], layout.value_dim}, layout.dtype),
+                              positions[row]};
             model.heads[head].push_back(std::move(wanted));
         }
         storage.append(head, count, k.data(), k_stride, v.data(), v_stride, positions.data());
@@ -172,19 +171,18 @@ std::size_t distinct_bytes(const std::vector<std::unique_ptr<Pair>>& all) {
 }  // namespace
 
 TEST_CASE("the parts of a block are aligned and do not overlap", "[property]") {
-    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (const DType dtype : all_dtypes) {
         for (const std::size_t rows : {1U, 3U, 16U, 64U, 4096U}) {
             for (const std::size_t dim : {1U, 80U, 257U}) {
                 const RowLayout layout{
                     .key_dim = dim, .value_dim = dim + 3, .dtype = dtype, .block_rows = rows};
                 REQUIRE(layout.value_offset() % 64 == 0);
                 REQUIRE(layout.position_offset() % 64 == 0);
-                REQUIRE(layout.value_offset() >= layout.key_offset() + rows * dim * size_of(dtype));
-                REQUIRE(layout.position_offset() >=
-                        layout.value_offset() + rows * (dim + 3) * size_of(dtype));
+                REQUIRE(layout.value_offset() >= layout.key_offset() + rows * row_bytes(dtype, dim));
+                REQUIRE(layout.position_offset() >= layout.value_offset() + rows * row_bytes(dtype, dim + 3));
                 REQUIRE(layout.payload_bytes() == layout.position_offset() + rows * 8);
                 REQUIRE(layout.block_bytes() >= layout.payload_bytes() + BlockPool::header_bytes);
-                REQUIRE(layout.row_bytes() == (2 * dim + 3) * size_of(dtype) + 8);
+                REQUIRE(layout.row_bytes() == row_bytes(dtype, dim) + row_bytes(dtype, dim + 3) + 8);
                 REQUIRE(layout.blocks_for(0) == 0);
                 REQUIRE(layout.blocks_for(rows) == 1);
                 REQUIRE(layout.blocks_for(rows + 1) == 2);
@@ -216,7 +214,7 @@ TEST_CASE("storage behaves like plain vectors under random appends, moves, forks
     const auto dims =
         GENERATE(std::pair<std::size_t, std::size_t>{1, 3}, std::pair<std::size_t, std::size_t>{80, 64},
                  std::pair<std::size_t, std::size_t>{257, 1});
-    const DType dtype = GENERATE(DType::f32, DType::f16, DType::bf16);
+    const DType dtype = GENERATE(DType::f32, DType::f16, DType::bf16, DType::int8, DType::int4);
     const RowLayout layout{
         .key_dim = dims.first, .value_dim = dims.second, .dtype = dtype, .block_rows = block_rows};
     CAPTURE(block_rows, dims.first, dims.second, name_of(dtype));

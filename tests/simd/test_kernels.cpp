@@ -475,6 +475,14 @@ TEST_CASE("no kernel touches the page behind its last element", "[property]") {
         kernels.distances_bf16(q.data(), dim, group, bf16, dim, rows, dim, nullptr, 0, logits.data(), rows);
         kernels.widen_bf16(bf16, wide.data(), rows * dim);
         REQUIRE(wide[rows * dim - 1] == 0.5F);
+        const std::size_t groups = (dim + 31) / 32;
+        int8_group* const int8 = reinterpret_cast<int8_group*>(end) - rows * groups;
+        int4_group* const int4 = reinterpret_cast<int4_group*>(end) - rows * groups;
+        for (std::size_t j = 0; j < rows; ++j) kernels.narrow_int8(q.data(), int8 + j * groups, dim);
+        kernels.widen_int8(int8, groups, rows, dim, wide.data(), dim, nullptr);
+        for (std::size_t j = 0; j < rows; ++j) kernels.narrow_int4(q.data(), int4 + j * groups, dim);
+        kernels.widen_int4(int4, groups, rows, dim, wide.data(), dim, nullptr);
+        REQUIRE(is_finite(wide[rows * dim - 1]));
     }
     munmap(memory, 2 * page);
 }
@@ -784,6 +792,116 @@ TEST_CASE("narrowing gives the bits of to_float16 and to_bfloat16, ties and NaN 
     kernels.narrow_bf16(wide.data(), brain.data(), wide.size());
     for (std::size_t i = 0; i < wide.size(); ++i) good = good && brain[i].bits == to_bfloat16(wide[i]).bits;
     REQUIRE(good);
+}
+
+namespace {
+
+/// What the kernels say of a group, in double and without a word about vectors.
+template <class Group>
+void check_group(const std::vector<float>& x, const Group& group, double steps) {
+    double most = 0;
+    for (const float number : x) most = std::max(most, std::abs(static_cast<double>(number)));
+    const double scale = std::abs(static_cast<double>(to_float(group.scale)));
+    REQUIRE(std::abs(scale - most / steps) <= most / steps / 2048 + 0x1.0p-25);
+    const bool normal = scale >= 0x1.0p-14;
+    for (std::size_t c = 0; c < group_channels; ++c) {
+        const double wide = static_cast<double>(to_float(group.scale)) * integer_of(group, c);
+        if (c >= x.size()) REQUIRE(integer_of(group, c) == 0);
+        // The far end of int4 is a step that one sign lacks.
+        else if (normal && (steps == 127 || wide * static_cast<double>(x[c]) >= 0))
+            REQUIRE(std::abs(wide - static_cast<double>(x[c])) <=
+                    scale * (std::abs(integer_of(group, c)) == 7 ? 1.01 : 0.501));
+    }
+}
+
+}  // namespace
+
+TEST_CASE("a group is narrowed to the nearest steps of its scale", "[differential]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t n : {1U, 15U, 16U, 17U, 31U, 32U}) {
+        for (const float scale : {1e-9F, 1e-6F, 1e-3F, 1.0F, 300.0F}) {
+            const std::vector<float> x = random_floats(n, n, scale);
+            int8_group int8;
+            int4_group int4;
+            kernels.narrow_int8(x.data(), &int8, n);
+            kernels.narrow_int4(x.data(), &int4, n);
+            CAPTURE(simd::name_of(kernels.isa), n, scale);
+            check_group(x, int8, 127);
+            check_group(x, int4, 8);
+        }
+    }
+}
+
+TEST_CASE("narrowing to groups goes to the even step from a tie, and to -8 steps with the largest magnitude",
+          "[contract]") {
+    const Kernels& kernels = any_kernels();
+    const std::vector<float> x{127, 0.5F, 1.5F, -0.5F, -1.5F, -127, 126.5F};
+    int8_group int8;
+    kernels.narrow_int8(x.data(), &int8, x.size());
+    CHECK(to_float(int8.scale) == 1);
+    const int wanted8[] = {127, 0, 2, 0, -2, -127, 126};
+    for (std::size_t c = 0; c < x.size(); ++c) CHECK(integer_of(int8, c) == wanted8[c]);
+    int4_group int4;
+    const std::vector<float> y{8, 0.5F, 1.5F, -2.5F, -7.5F, 7.5F};
+    kernels.narrow_int4(y.data(), &int4, y.size());
+    CHECK(to_float(int4.scale) == -1);
+    const int wanted4[] = {-8, 0, -2, 2, 7, -8};
+    for (std::size_t c = 0; c < y.size(); ++c) CHECK(integer_of(int4, c) == wanted4[c]);
+    const std::vector<float> both{8, -8};
+    kernels.narrow_int4(both.data(), &int4, 2);
+    CHECK(to_float(int4.scale) == 1);
+    CHECK(integer_of(int4, 0) == 7);
+    CHECK(integer_of(int4, 1) == -8);
+}
+
+TEST_CASE("a group with a number that is not finite, or too large for its scale, reads as NaN",
+          "[contract]") {
+    const Kernels& kernels = any_kernels();
+    for (const float& bad : {quiet_nan(), negative_infinity(), positive_infinity(), 1e30F, -1e30F}) {
+        std::vector<float> x = random_floats(70, 3), wide(70);
+        std::memcpy(&x[40], &bad, sizeof bad);
+        std::vector<int8_group> int8(3);
+        std::vector<int4_group> int4(3);
+        kernels.narrow_int8(x.data(), int8.data(), 70);
+        kernels.narrow_int4(x.data(), int4.data(), 70);
+        const auto check = [&] {
+            for (std::size_t c = 0; c < 70; ++c) REQUIRE(is_nan(wide[c]) == (c >= 32 && c < 64));
+        };
+        kernels.widen_int8(int8.data(), 3, 1, 70, wide.data(), 70, nullptr);
+        check();
+        kernels.widen_int4(int4.data(), 3, 1, 70, wide.data(), 70, nullptr);
+        check();
+    }
+}
+
+TEST_CASE("widening groups is exact, bad scales included, and writes no channel past the last",
+          "[differential]") {
+    const Kernels& kernels = any_kernels();
+    SplitMix64 random{4};
+    const auto check = [&]<class Group>(const auto& widen, Group) {
+        for (const std::size_t dim : {1U, 7U, 8U, 16U, 17U, 31U, 32U, 33U, 80U, 128U, 257U}) {
+            constexpr std::size_t rows = 5;
+            const std::size_t stride = (dim + 31) / 32 + 1;
+            std::vector<Group> groups(rows * stride);
+            for (auto& group : groups)
+                for (std::size_t at = 0; at < sizeof group; ++at)
+                    reinterpret_cast<unsigned char*>(&group)[at] = static_cast<unsigned char>(random());
+            std::vector<float> out(rows * (dim + 2), 42.0F), wanted = out;
+            widen(groups.data(), stride, rows, dim, out.data(), dim + 2, groups.data());
+            bool good = true;
+            for (std::size_t i = 0; i < out.size(); ++i) {
+                const std::size_t c = i % (dim + 2);
+                const Group& group = groups[i / (dim + 2) * stride + c / 32];
+                if (c < dim)
+                    wanted[i] = to_float(group.scale) * static_cast<float>(integer_of(group, c % 32));
+                good = good && (is_nan(wanted[i]) ? is_nan(out[i]) : same_bits(out[i], wanted[i]));
+            }
+            CAPTURE(simd::name_of(kernels.isa), dim, sizeof(Group));
+            REQUIRE(good);
+        }
+    };
+    check(kernels.widen_int8, int8_group{});
+    check(kernels.widen_int4, int4_group{});
 }
 
 TEST_CASE("a summary holds the extremes and a sum that does not lose precision with length",

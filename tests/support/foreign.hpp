@@ -107,12 +107,13 @@ class Foreign {
         for (std::size_t i = 0; i < plan.size(); ++i) {
             const HeadPlan part = plan[i];
             Head& head = heads_[part.layer * shape_.kv_heads + part.head];
-            const std::size_t key = shape_.head_dim, value = shape_.values(), size = size_of(shape_.dtype);
-            move_rows(part.moves, head.k.data(), key * size, (key + gap_) * size);
-            move_rows(part.moves, head.v.data(), value * size, (value + gap_) * size);
+            const std::size_t key = row_bytes(shape_.dtype, shape_.head_dim),
+                              value = row_bytes(shape_.dtype, shape_.values()), gap = gap_bytes();
+            move_rows(part.moves, head.k.data(), key, key + gap);
+            move_rows(part.moves, head.v.data(), value, value + gap);
             move_rows(part.moves, head.position.data(), sizeof(position_t), sizeof(position_t));
-            head.k.resize(part.keep.size() * (key + gap_) * size);
-            head.v.resize(part.keep.size() * (value + gap_) * size);
+            head.k.resize(part.keep.size() * (key + gap));
+            head.v.resize(part.keep.size() * (value + gap));
             head.position.resize(part.keep.size());
         }
     }
@@ -120,9 +121,10 @@ class Foreign {
         for (std::size_t i = 0; i < heads_.size(); ++i) {
             const Head& head = heads_[i];
             const std::size_t rows = head.position.size();
-            views_[i] = {{head.k.data(), shape_.dtype, rows, shape_.head_dim, shape_.head_dim + gap_},
-                         {head.v.data(), shape_.dtype, rows, shape_.values(), shape_.values() + gap_},
-                         {head.position}};
+            const auto rows_of = [&](const std::vector<std::byte>& bytes, std::size_t dim) {
+                return RowsView(bytes.data(), shape_.dtype, rows, dim, elements(shape_.dtype, dim) + gap_);
+            };
+            views_[i] = {rows_of(head.k, shape_.head_dim), rows_of(head.v, shape_.values()), {head.position}};
         }
         return {views_, shape_.kv_heads};
     }
@@ -137,17 +139,12 @@ class Foreign {
         std::vector<std::byte> k, v;
         std::vector<position_t> position;
     };
+    [[nodiscard]] std::size_t gap_bytes() const { return gap_ * size_of(shape_.dtype); }
+    /// The gap behind a row is all ones: whatever the type, numbers that spoil what reads them.
     void store(const float* row, std::size_t dim, std::vector<std::byte>& out) const {
-        const auto put = [&](const auto& element) {
-            const auto* bytes = reinterpret_cast<const std::byte*>(&element);
-            out.insert(out.end(), bytes, bytes + sizeof(element));
-        };
-        for (std::size_t c = 0; c < dim + gap_; ++c) {
-            const float x = c < dim ? row[c] : quiet_nan();
-            if (shape_.dtype == DType::f32) put(x);
-            if (shape_.dtype == DType::f16) put(to_float16(x));
-            if (shape_.dtype == DType::bf16) put(to_bfloat16(x));
-        }
+        const std::size_t begin = out.size(), end = begin + row_bytes(shape_.dtype, dim);
+        out.resize(end + gap_bytes(), std::byte{0xFF});
+        simd::narrow(simd::kernels(), shape_.dtype, row, dim, out.data() + begin);
     }
 
     CacheShape shape_;

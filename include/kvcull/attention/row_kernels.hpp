@@ -7,6 +7,7 @@
 
 #include "../simd/kernels.hpp"
 #include "../views.hpp"
+#include "wide_rows.hpp"
 
 namespace kvcull::inline KVCULL_ABI::detail {
 
@@ -53,6 +54,14 @@ inline void dots(const simd::Kernels& kernels, const float* q, std::size_t q_str
             return run_on(kernels.dots_f16, reinterpret_cast<const float16*>(run.data));
         case DType::bf16:
             return run_on(kernels.dots_bf16, reinterpret_cast<const bfloat16*>(run.data));
+        case DType::int8:
+        case DType::int4:
+            sum_wide(kernels, group, rows, run, out, out_stride, next,
+                     [&](std::size_t g, std::size_t queries, const WideRows& wide, float* to,
+                         std::size_t to_stride) {
+                         kernels.dots_f32(q + g * q_stride + wide.channel, q_stride, queries, wide.data,
+                                          wide.stride, wide.rows, wide.channels, scale, to, to_stride);
+                     });
     }
 }
 
@@ -70,6 +79,12 @@ inline void weighted_sum(const simd::Kernels& kernels, const float* w, std::size
             return run_on(kernels.weighted_sum_f16, reinterpret_cast<const float16*>(run.data));
         case DType::bf16:
             return run_on(kernels.weighted_sum_bf16, reinterpret_cast<const bfloat16*>(run.data));
+        case DType::int8:
+        case DType::int4:
+            for_each_wide(kernels, rows, run, next, [&](const WideRows& wide) {
+                kernels.weighted_sum_f32(w + wide.row, w_stride, group, wide.data, wide.stride, wide.rows,
+                                         wide.channels, out + wide.channel, out_stride);
+            });
     }
 }
 
@@ -92,6 +107,16 @@ inline void distances(const simd::Kernels& kernels, const float* o, std::size_t 
             return run_on(kernels.distances_f16, reinterpret_cast<const float16*>(run.data));
         case DType::bf16:
             return run_on(kernels.distances_bf16, reinterpret_cast<const bfloat16*>(run.data));
+        case DType::int8:
+        case DType::int4:
+            sum_wide(kernels, group, rows, run, out, out_stride, next,
+                     [&](std::size_t g, std::size_t queries, const WideRows& wide, float* to,
+                         std::size_t to_stride) {
+                         kernels.distances_f32(o + g * o_stride + wide.channel, o_stride, queries, wide.data,
+                                               wide.stride, wide.rows, wide.channels,
+                                               z == nullptr ? nullptr : z + g * z_stride + wide.row, z_stride,
+                                               to, to_stride);
+                     });
     }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 /// Number types that cross the public interface, and exact conversions of the 16-bit ones.
 
+#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -29,14 +30,41 @@ struct bfloat16 {
     std::uint16_t bits = 0;
 };
 
-/// Element type of cached rows.
-enum class DType : std::uint8_t { f32, f16, bf16 };
+/// Element type of cached rows. An element of int8 and int4 rows is a group of 32 channels with a scale of
+/// their own (base/quantised.hpp); of the others it is one channel. Strides count elements.
+enum class DType : std::uint8_t { f32, f16, bf16, int8, int4 };
+inline constexpr std::array all_dtypes{DType::f32, DType::f16, DType::bf16, DType::int8, DType::int4};
 
-[[nodiscard]] constexpr std::size_t size_of(DType type) noexcept {
-    return type == DType::f32 ? 4 : 2;
-}
+namespace detail {
+
+struct ElementOf {
+    std::string_view name;
+    std::size_t bytes, channels;
+};
+inline constexpr std::array<ElementOf, all_dtypes.size()> elements_of{
+    {{"f32", 4, 1}, {"f16", 2, 1}, {"bf16", 2, 1}, {"int8", 34, 32}, {"int4", 18, 32}}};
+
+}  // namespace detail
+
 [[nodiscard]] constexpr std::string_view name_of(DType type) noexcept {
-    return type == DType::f32 ? "f32" : type == DType::f16 ? "f16" : "bf16";
+    return detail::elements_of[static_cast<std::size_t>(type)].name;
+}
+/// Bytes of an element.
+[[nodiscard]] constexpr std::size_t size_of(DType type) noexcept {
+    return detail::elements_of[static_cast<std::size_t>(type)].bytes;
+}
+/// Channels of an element.
+[[nodiscard]] constexpr std::size_t channels_of(DType type) noexcept {
+    return detail::elements_of[static_cast<std::size_t>(type)].channels;
+}
+/// Elements of a row of `dim` channels; the last one may be partly used.
+[[nodiscard]] constexpr std::size_t elements(DType type, std::size_t dim) noexcept {
+    const std::size_t channels = channels_of(type);
+    return dim / channels + (dim % channels != 0 ? 1 : 0);
+}
+/// Bytes of a row of `dim` channels.
+[[nodiscard]] constexpr std::size_t row_bytes(DType type, std::size_t dim) noexcept {
+    return elements(type, dim) * size_of(type);
 }
 
 /// NaN or infinity, told by bits: std::isfinite is folded away under -ffast-math. By reference, and so are

@@ -27,32 +27,25 @@ struct PageLayout {
     }
     /// Where the values begin.
     [[nodiscard]] constexpr std::size_t key_bytes() const noexcept {
-        return page_tokens * head_dim * size_of(dtype);
+        return page_tokens * row_bytes(dtype, head_dim);
     }
     /// Of a page: what the frames are made for.
     [[nodiscard]] constexpr std::size_t bytes() const noexcept {
-        return key_bytes() + page_tokens * values() * size_of(dtype);
+        return key_bytes() + page_tokens * row_bytes(dtype, values());
     }
     /// Pages as one run of rows. @param frames  where each lies; all but the last one are full
     [[nodiscard]] RowsView keys(std::span<const std::byte* const> frames, std::size_t rows) const noexcept {
-        return {frames.data(), 0, dtype, page_tokens, rows, head_dim, head_dim};
+        return {frames.data(), 0, dtype, page_tokens, rows, head_dim, elements(dtype, head_dim)};
     }
     [[nodiscard]] RowsView values(std::span<const std::byte* const> frames, std::size_t rows) const noexcept {
-        return {frames.data(), key_bytes(), dtype, page_tokens, rows, values(), values()};
+        return {frames.data(), key_bytes(), dtype, page_tokens, rows, values(), elements(dtype, values())};
     }
     /// Puts a token into row `row` of a page. @param k [head_dim] @param v [values()]
     void put(std::span<std::byte> frame, std::size_t row, const float* k, const float* v,
              const simd::Kernels& kernels) const noexcept {
-        narrow(k, head_dim, frame.data() + row * head_dim * size_of(dtype), kernels);
-        narrow(v, values(), frame.data() + key_bytes() + row * values() * size_of(dtype), kernels);
-    }
-
-  private:
-    void narrow(const float* from, std::size_t n, std::byte* to,
-                const simd::Kernels& kernels) const noexcept {
-        if (dtype == DType::f32) std::copy_n(from, n, reinterpret_cast<float*>(to));
-        if (dtype == DType::f16) kernels.narrow_f16(from, reinterpret_cast<float16*>(to), n);
-        if (dtype == DType::bf16) kernels.narrow_bf16(from, reinterpret_cast<bfloat16*>(to), n);
+        simd::narrow(kernels, dtype, k, head_dim, frame.data() + row * row_bytes(dtype, head_dim));
+        simd::narrow(kernels, dtype, v, values(),
+                     frame.data() + key_bytes() + row * row_bytes(dtype, values()));
     }
 };
 

@@ -173,9 +173,9 @@ class PagedHead {
             }
             tier_.mark_dirty(page.id);
             // As they are stored: what rounding did to a key counts.
-            const std::size_t row_bytes = layout_.head_dim * size_of(layout_.dtype);
+            const std::size_t row_bytes = kvcull::row_bytes(layout_.dtype, layout_.head_dim);
             bounds_.add(page.bound, RowsView(frame.data() + page.rows * row_bytes, layout_.dtype, count,
-                                             layout_.head_dim, layout_.head_dim));
+                                             layout_.head_dim, elements(layout_.dtype, layout_.head_dim)));
             page.rows += count;
             resize_state(state_, positions_.size());
         }

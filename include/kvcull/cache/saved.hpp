@@ -64,8 +64,14 @@ class Checksum {
     return std::to_string(sum);
 }
 
+/// How a file holds rows: as numbers, those of int8 and int4 as the bytes of their groups.
 [[nodiscard]] constexpr ElementType element_type(DType type) noexcept {
-    return type == DType::f32 ? ElementType::f32 : type == DType::f16 ? ElementType::f16 : ElementType::bf16;
+    constexpr std::array<ElementType, all_dtypes.size()> types{
+        ElementType::f32, ElementType::f16, ElementType::bf16, ElementType::u8, ElementType::u8};
+    return types[static_cast<std::size_t>(type)];
+}
+[[nodiscard]] constexpr std::size_t columns(DType type, std::size_t dim) noexcept {
+    return row_bytes(type, dim) / size_of(element_type(type));
 }
 [[nodiscard]] inline SafeTensors::Metadata describe(const CacheShape& shape, std::string_view policy) {
     std::string windows;
@@ -142,14 +148,16 @@ class SavedTensors {
         const auto numbers = this->numbers<std::int64_t>(name, count);
         return {numbers.begin(), numbers.end()};
     }
-    /// Rows of `dim` numbers of the cache's type.
+    /// Rows of `dim` channels of the cache's type.
     [[nodiscard]] const std::byte* rows(const std::string& name, DType dtype, std::size_t rows,
                                         std::size_t dim) const {
         const Tensor& tensor = file_.tensor(name);
-        check<error::format_error>(tensor.dtype == element_type(dtype), "load", text("type of '", name, "'"),
-                                   name_of(tensor.dtype), name_of(dtype));
-        check<error::format_error>(tensor.size() == rows * dim, "load", text("size of '", name, "'"),
-                                   tensor.size(), rows * dim);
+        const ElementType type = element_type(dtype);
+        const std::size_t size = rows * columns(dtype, dim);
+        check<error::format_error>(tensor.dtype == type, "load", text("type of '", name, "'"),
+                                   name_of(tensor.dtype), name_of(type));
+        check<error::format_error>(tensor.size() == size, "load", text("size of '", name, "'"), tensor.size(),
+                                   size);
         return tensor.bytes.data();
     }
 
@@ -261,9 +269,11 @@ template <Savable P, BudgetRule Rule>
         const ElementType type = detail::element_type(shape.dtype);
         tensors.add_counts(detail::layer_name(layer, "head_len"), lengths);
         tensors.add(detail::layer_name(layer, "position"), positions);
-        tensors.add(detail::layer_name(layer, "k"), type, {rows, shape.head_dim}, std::move(keys));
+        tensors.add(detail::layer_name(layer, "k"), type,
+                    {rows, detail::columns(shape.dtype, shape.head_dim)}, std::move(keys));
         if (!shape.latent)
-            tensors.add(detail::layer_name(layer, "v"), type, {rows, shape.values()}, std::move(values));
+            tensors.add(detail::layer_name(layer, "v"), type,
+                        {rows, detail::columns(shape.dtype, shape.values())}, std::move(values));
     }
     SafeTensors::Metadata metadata = detail::describe(shape, P::name);
     metadata["checksum"] = detail::checksum(metadata, tensors.all());
@@ -331,7 +341,9 @@ void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
         // Latent values are the front of their keys.
         const std::byte* v =
             shape.latent ? k : saved.rows(detail::layer_name(layer, "v"), shape.dtype, total, shape.values());
-        const std::size_t value_stride = shape.latent ? shape.head_dim : shape.values();
+        const DType dtype = shape.dtype;
+        const std::size_t key_stride = elements(dtype, shape.head_dim),
+                          value_stride = shape.latent ? key_stride : elements(dtype, shape.values());
         std::size_t first = 0;
         for (std::size_t h = 0; h < shape.kv_heads; ++h) {
             const std::size_t rows = lengths[h];
@@ -348,11 +360,10 @@ void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
             detail::check<format_error>(
                 shape.layer(layer).window == 0 || std::equal(own.begin(), own.end(), sorted.begin()), "load",
                 detail::text("positions of head ", h), "not ascending", "ascending in a layer with a window");
-            const std::size_t size = size_of(shape.dtype);
-            views.push_back(
-                {{k + first * shape.head_dim * size, shape.dtype, rows, shape.head_dim, shape.head_dim},
-                 {v + first * value_stride * size, shape.dtype, rows, shape.values(), value_stride},
-                 own});
+            const std::size_t size = size_of(dtype);
+            views.push_back({{k + first * key_stride * size, dtype, rows, shape.head_dim, key_stride},
+                             {v + first * value_stride * size, dtype, rows, shape.values(), value_stride},
+                             own});
             const std::size_t index = layer * shape.kv_heads + h;
             live.rows[index] = rows;
             live.states[index] = saved.state(layer, h, rows, in_use);

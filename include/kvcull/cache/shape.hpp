@@ -43,7 +43,8 @@ struct CacheShape {
     }
     /// Bytes of one row of one head: key, value and position.
     [[nodiscard]] constexpr std::size_t row_bytes() const noexcept {
-        return (head_dim + (latent ? 0 : values())) * size_of(dtype) + sizeof(position_t);
+        return kvcull::row_bytes(dtype, head_dim) + (latent ? 0 : kvcull::row_bytes(dtype, values())) +
+               sizeof(position_t);
     }
     [[nodiscard]] constexpr LayerTraits layer(std::size_t index) const noexcept {
         return traits.empty() ? LayerTraits{} : traits[index];

@@ -27,9 +27,11 @@ struct RowLayout {
     std::size_t block_rows = 64;
     bool latent = false;  // a value is the front of its key: no values are stored
 
-    [[nodiscard]] constexpr std::size_t key_bytes() const noexcept { return key_dim * size_of(dtype); }
+    [[nodiscard]] constexpr std::size_t key_bytes() const noexcept {
+        return kvcull::row_bytes(dtype, key_dim);
+    }
     [[nodiscard]] constexpr std::size_t value_bytes() const noexcept {
-        return latent ? 0 : value_dim * size_of(dtype);
+        return latent ? 0 : kvcull::row_bytes(dtype, value_dim);
     }
     /// K, V and position of one row.
     [[nodiscard]] constexpr std::size_t row_bytes() const noexcept {
@@ -117,8 +119,9 @@ class Storage {
     [[nodiscard]] HeadView view(std::size_t head) const noexcept {
         const Table& table = tables_[head];
         const std::byte* const* blocks = table.blocks.data();
-        const auto part = [&](std::size_t offset, std::size_t dim, std::size_t stride) {
-            return RowsView(blocks, offset, layout_.dtype, layout_.block_rows, table.rows, dim, stride);
+        const auto part = [&](std::size_t offset, std::size_t dim, std::size_t stored_dim) {
+            return RowsView(blocks, offset, layout_.dtype, layout_.block_rows, table.rows, dim,
+                            elements(layout_.dtype, stored_dim));
         };
         return {part(layout_.key_offset(), layout_.key_dim, layout_.key_dim),
                 layout_.latent ? part(layout_.key_offset(), layout_.value_dim, layout_.key_dim)
@@ -366,18 +369,14 @@ class Storage {
 
     void write(const float* source, std::size_t stride, std::size_t dim, std::size_t count,
                std::byte* target) const noexcept {
-        if (stride == dim) {  // dense rows are one long run
+        // Dense rows are one long run, if the last element of a row is full.
+        if (stride == dim && dim % channels_of(layout_.dtype) == 0) {
             dim *= count;
             count = 1;
         }
         for (std::size_t row = 0; row < count; ++row)
-            narrow(source + row * stride, dim, target + row * dim * size_of(layout_.dtype));
-    }
-    void narrow(const float* source, std::size_t n, std::byte* target) const noexcept {
-        if (layout_.dtype == DType::f32) std::memcpy(target, source, n * sizeof(float));
-        if (layout_.dtype == DType::f16) kernels_->narrow_f16(source, reinterpret_cast<float16*>(target), n);
-        if (layout_.dtype == DType::bf16)
-            kernels_->narrow_bf16(source, reinterpret_cast<bfloat16*>(target), n);
+            simd::narrow(*kernels_, layout_.dtype, source + row * stride, dim,
+                         target + row * kvcull::row_bytes(layout_.dtype, dim));
     }
 
     RowLayout layout_;

@@ -12,6 +12,7 @@
 #    include <cstring>
 
 #    include "exp.hpp"
+#    include "scalar.hpp"
 
 KVCULL_TARGET_BEGIN("avx2,fma,f16c")
 
@@ -251,6 +252,57 @@ inline void narrow_bf16(const float* x, bfloat16* out, std::size_t n) noexcept {
     }
     for (; j < n; ++j) out[j] = to_bfloat16(x[j]);
 }
+
+template <class Group>
+[[gnu::always_inline]] inline __m256 scale_of(const Group* x) noexcept {
+    return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(x->scale.bits)));
+}
+/// 8 channels of a group, from channel 8 * quarter on; `scale` in all lanes.
+[[gnu::always_inline]] inline __m256 channels(const int8_group* x, __m256 scale,
+                                              std::size_t quarter) noexcept {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x->q + 8 * quarter));
+    return scale * _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+[[gnu::always_inline]] inline __m256 channels(const int4_group* x, __m256 scale,
+                                              std::size_t quarter) noexcept {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x->q + 8 * (quarter % 2)));
+    const __m256i both = _mm256_cvtepu8_epi32(bytes);
+    const __m256i own =
+        quarter < 2 ? _mm256_and_si256(both, _mm256_set1_epi32(15)) : _mm256_srli_epi32(both, 4);
+    return scale * _mm256_cvtepi32_ps(_mm256_sub_epi32(own, _mm256_set1_epi32(8)));
+}
+template <class Group>
+[[gnu::always_inline]] inline void widen_groups(const Group* x, std::size_t x_stride, std::size_t rows,
+                                                std::size_t dim, float* out, std::size_t out_stride,
+                                                const void* next) noexcept {
+    const std::uintptr_t ahead = distance(x, rows * x_stride, next);
+    for (std::size_t j = 0; j < rows; ++j, x += x_stride, out += out_stride) {
+        const std::uintptr_t row = reinterpret_cast<std::uintptr_t>(x) + ahead;
+        for (std::size_t byte = 0; byte < x_stride * sizeof(Group); byte += 64) prefetch(row + byte);
+        const Group* group = x;
+        std::size_t c = 0;
+        for (; c + 32 <= dim; c += 32, ++group) {
+            const __m256 scale = scale_of(group);
+#    pragma GCC unroll 4
+            for (std::size_t i = 0; i < 4; ++i) _mm256_storeu_ps(out + c + 8 * i, channels(group, scale, i));
+        }
+        for (std::size_t quarter = 0; c < dim; ++quarter, c += 8) {
+            const __m256i mask = dim - c < 8 ? mask_of(dim - c) : _mm256_set1_epi32(-1);
+            _mm256_maskstore_ps(out + c, mask, channels(group, scale_of(group), quarter));
+        }
+    }
+}
+inline void widen_int8(const int8_group* x, std::size_t x_stride, std::size_t rows, std::size_t dim,
+                       float* out, std::size_t out_stride, const void* next) noexcept {
+    widen_groups(x, x_stride, rows, dim, out, out_stride, next);
+}
+inline void widen_int4(const int4_group* x, std::size_t x_stride, std::size_t rows, std::size_t dim,
+                       float* out, std::size_t out_stride, const void* next) noexcept {
+    widen_groups(x, x_stride, rows, dim, out, out_stride, next);
+}
+// Rows are narrowed once, when they come.
+using scalar::narrow_int4;
+using scalar::narrow_int8;
 
 }  // namespace kvcull::inline KVCULL_ABI::simd::avx2
 

@@ -14,10 +14,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <string_view>
 
 #include "../base/error.hpp"
+#include "../base/quantised.hpp"
 #include "../base/types.hpp"
 #include "exp.hpp"
 #include "target.hpp"
@@ -129,10 +131,38 @@ struct Kernels {
     /// Round to nearest even, the same bits as to_float16 and to_bfloat16; NaN stays NaN.
     void (*narrow_f16)(const float* x, float16* out, std::size_t n) noexcept;
     void (*narrow_bf16)(const float* x, bfloat16* out, std::size_t n) noexcept;
+    /// out[j * out_stride + c] = channel c < dim of row j < rows, exactly. `next` as in Dots.
+    void (*widen_int8)(const int8_group* x, std::size_t x_stride, std::size_t rows, std::size_t dim,
+                       float* out, std::size_t out_stride, const void* next) noexcept;
+    void (*widen_int4)(const int4_group* x, std::size_t x_stride, std::size_t rows, std::size_t dim,
+                       float* out, std::size_t out_stride, const void* next) noexcept;
+    /// The row x[n] in groups, the same bits everywhere: a scale of max |x| / 127, or the number of largest
+    /// magnitude (of two the negative one) / -8, rounded to float16; then x / scale to the nearest integer,
+    /// of two the even one. A group with a number that is not finite, or whose scale overflows, reads as NaN.
+    void (*narrow_int8)(const float* x, int8_group* out, std::size_t n) noexcept;
+    void (*narrow_int4)(const float* x, int4_group* out, std::size_t n) noexcept;
 
     /// out[j] += x[j]
     void add(float* out, const float* x, std::size_t n) const noexcept { add_rows(out, x, n, 1, n); }
 };
+
+/// The row x[n] as cached rows of type `type` keep it: row_bytes(type, n) bytes at `out`.
+inline void narrow(const Kernels& kernels, DType type, const float* x, std::size_t n,
+                   std::byte* out) noexcept {
+    switch (type) {
+        case DType::f32:
+            std::memcpy(out, x, n * sizeof(float));
+            break;
+        case DType::f16:
+            return kernels.narrow_f16(x, reinterpret_cast<float16*>(out), n);
+        case DType::bf16:
+            return kernels.narrow_bf16(x, reinterpret_cast<bfloat16*>(out), n);
+        case DType::int8:
+            return kernels.narrow_int8(x, reinterpret_cast<int8_group*>(out), n);
+        case DType::int4:
+            return kernels.narrow_int4(x, reinterpret_cast<int4_group*>(out), n);
+    }
+}
 
 [[nodiscard]] constexpr std::string_view name_of(Isa isa) noexcept {
     constexpr std::array<std::string_view, all_isas.size()> names{"scalar", "avx2", "avx512", "neon"};
@@ -183,7 +213,8 @@ KVCULL_KERNELS_INLINE bool available(Isa isa) noexcept {
                 {isa::weighted_sum_f16}, {isa::weighted_sum_bf16}, {isa::distances_f32},                     \
                 {isa::distances_f16}, {isa::distances_bf16}, isa::softmax, isa::add_rows, isa::add_squares,  \
                 isa::summarise, isa::odds, isa::square_roots, isa::maximum, isa::widen_f16, isa::widen_bf16, \
-                isa::narrow_f16, isa::narrow_bf16                                                            \
+                isa::narrow_f16, isa::narrow_bf16, isa::widen_int8, isa::widen_int4, isa::narrow_int8,       \
+                isa::narrow_int4                                                                             \
         }
 
 KVCULL_KERNELS_INLINE const Kernels& kernels_for(Isa isa) {

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../base/quantised.hpp"
 #include "../base/types.hpp"
 #include "exp.hpp"
 #include "target.hpp"
@@ -190,6 +191,77 @@ inline void narrow_f16(const float* x, float16* out, std::size_t n) noexcept {
 }
 inline void narrow_bf16(const float* x, bfloat16* out, std::size_t n) noexcept {
     for (std::size_t j = 0; j < n; ++j) out[j] = to_bfloat16(x[j]);
+}
+
+template <class Group>
+void widen_groups(const Group* x, std::size_t x_stride, std::size_t rows, std::size_t dim, float* out,
+                  std::size_t out_stride) noexcept {
+    for (std::size_t j = 0; j < rows; ++j) kvcull::widen_groups(x + j * x_stride, out + j * out_stride, dim);
+}
+inline void widen_int8(const int8_group* x, std::size_t x_stride, std::size_t rows, std::size_t dim,
+                       float* out, std::size_t out_stride, const void*) noexcept {
+    widen_groups(x, x_stride, rows, dim, out, out_stride);
+}
+inline void widen_int4(const int4_group* x, std::size_t x_stride, std::size_t rows, std::size_t dim,
+                       float* out, std::size_t out_stride, const void*) noexcept {
+    widen_groups(x, x_stride, rows, dim, out, out_stride);
+}
+
+/// The scale of a group x[n], such that `extreme` is `steps` of it, up to rounding. @return its inverse, or 0
+/// if all integers are 0: where the scale rounds to 0, and where it is NaN because a number is not finite or
+/// because it overflows, so that the whole group reads as NaN.
+[[nodiscard]] inline float take_scale(const float* x, std::size_t n, float extreme, float steps,
+                                      float16& scale) noexcept {
+    bool finite = true;
+    for (std::size_t c = 0; c < n; ++c) finite &= is_finite(x[c]);
+    scale = to_float16(extreme / steps);
+    if (!finite || (scale.bits & 0x7C00U) == 0x7C00U) {
+        scale.bits = 0x7E00U;
+        return 0;
+    }
+    return (scale.bits & 0x7FFFU) == 0 ? 0.0F : 1.0F / to_float(scale);
+}
+/// x to the nearest integer in low .. high, of two the even one; |x| < 2^22.
+[[nodiscard]] inline int nearest(float x, int low, int high) noexcept {
+    // One and a half times 2^23: what is added to it is rounded to an integer in its lowest bits.
+    constexpr float magic = 12582912.0F;
+    const float sum = x + magic;
+    const int integer = std::bit_cast<std::int32_t>(sum) - std::bit_cast<std::int32_t>(magic);
+    return integer < low ? low : integer > high ? high : integer;
+}
+
+/// Integers are taken of the scale as it is stored, which spares what its rounding would cost.
+inline void narrow_int8(const float* x, int8_group* out, std::size_t n) noexcept {
+    for (std::size_t first = 0; first < n; first += group_channels, ++out) {
+        const std::size_t count = n - first < group_channels ? n - first : group_channels;
+        float most = 0;
+        for (std::size_t c = 0; c < count; ++c) {
+            raise(most, x[first + c]);
+            raise(most, -x[first + c]);
+        }
+        *out = {};
+        const float inverse = take_scale(x + first, count, most, 127, out->scale);
+        if (inverse == 0) continue;
+        for (std::size_t c = 0; c < count; ++c)
+            out->q[c] = static_cast<std::int8_t>(nearest(x[first + c] * inverse, -127, 127));
+    }
+}
+inline void narrow_int4(const float* x, int4_group* out, std::size_t n) noexcept {
+    for (std::size_t first = 0; first < n; first += group_channels, ++out) {
+        const std::size_t count = n - first < group_channels ? n - first : group_channels;
+        // The number of the largest magnitude becomes -8 steps, of two the negative one.
+        float least = 0, most = 0;
+        for (std::size_t c = 0; c < count; ++c) {
+            raise(least, -x[first + c]);
+            raise(most, x[first + c]);
+        }
+        *out = {};
+        const float inverse = take_scale(x + first, count, least < most ? most : -least, -8, out->scale);
+        for (std::size_t c = 0; c < group_channels; ++c) {
+            const int q = c < count && inverse != 0 ? nearest(x[first + c] * inverse, -8, 7) : 0;
+            out->q[c % 16] = static_cast<std::uint8_t>(out->q[c % 16] | (q + 8) << (c < 16 ? 0 : 4));
+        }
+    }
 }
 
 }  // namespace kvcull::inline KVCULL_ABI::simd::scalar
