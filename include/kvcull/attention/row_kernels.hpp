@@ -7,7 +7,6 @@
 
 #include "../simd/kernels.hpp"
 #include "../views.hpp"
-#include "wide_rows.hpp"
 
 namespace kvcull::inline KVCULL_ABI::detail {
 
@@ -55,13 +54,9 @@ inline void dots(const simd::Kernels& kernels, const float* q, std::size_t q_str
         case DType::bf16:
             return run_on(kernels.dots_bf16, reinterpret_cast<const bfloat16*>(run.data));
         case DType::int8:
+            return run_on(kernels.dots_int8, reinterpret_cast<const int8_group*>(run.data));
         case DType::int4:
-            sum_wide(kernels, group, rows, run, out, out_stride, next,
-                     [&](std::size_t g, std::size_t queries, const WideRows& wide, float* to,
-                         std::size_t to_stride) {
-                         kernels.dots_f32(q + g * q_stride + wide.channel, q_stride, queries, wide.data,
-                                          wide.stride, wide.rows, wide.channels, scale, to, to_stride);
-                     });
+            return run_on(kernels.dots_int4, reinterpret_cast<const int4_group*>(run.data));
     }
 }
 
@@ -80,11 +75,9 @@ inline void weighted_sum(const simd::Kernels& kernels, const float* w, std::size
         case DType::bf16:
             return run_on(kernels.weighted_sum_bf16, reinterpret_cast<const bfloat16*>(run.data));
         case DType::int8:
+            return run_on(kernels.weighted_sum_int8, reinterpret_cast<const int8_group*>(run.data));
         case DType::int4:
-            for_each_wide(kernels, rows, run, next, [&](const WideRows& wide) {
-                kernels.weighted_sum_f32(w + wide.row, w_stride, group, wide.data, wide.stride, wide.rows,
-                                         wide.channels, out + wide.channel, out_stride);
-            });
+            return run_on(kernels.weighted_sum_int4, reinterpret_cast<const int4_group*>(run.data));
     }
 }
 
@@ -108,15 +101,9 @@ inline void distances(const simd::Kernels& kernels, const float* o, std::size_t 
         case DType::bf16:
             return run_on(kernels.distances_bf16, reinterpret_cast<const bfloat16*>(run.data));
         case DType::int8:
+            return run_on(kernels.distances_int8, reinterpret_cast<const int8_group*>(run.data));
         case DType::int4:
-            sum_wide(kernels, group, rows, run, out, out_stride, next,
-                     [&](std::size_t g, std::size_t queries, const WideRows& wide, float* to,
-                         std::size_t to_stride) {
-                         kernels.distances_f32(o + g * o_stride + wide.channel, o_stride, queries, wide.data,
-                                               wide.stride, wide.rows, wide.channels,
-                                               z == nullptr ? nullptr : z + g * z_stride + wide.row, z_stride,
-                                               to, to_stride);
-                     });
+            return run_on(kernels.distances_int4, reinterpret_cast<const int4_group*>(run.data));
     }
 }
 

@@ -13,6 +13,7 @@
 
 #    include "exp.hpp"
 #    include "scalar.hpp"
+#    include "wide.hpp"
 
 KVCULL_TARGET_BEGIN("avx2,fma,f16c")
 
@@ -303,6 +304,14 @@ inline void widen_int4(const int4_group* x, std::size_t x_stride, std::size_t ro
 // Rows are narrowed once, when they come.
 using scalar::narrow_int4;
 using scalar::narrow_int8;
+
+// int8 and int4 rows by way of floats.
+inline constexpr auto& dots_int8 = dots_by<widen_int8, dots_f32, int8_group>;
+inline constexpr auto& dots_int4 = dots_by<widen_int4, dots_f32, int4_group>;
+inline constexpr auto& weighted_sum_int8 = weighted_sum_by<widen_int8, weighted_sum_f32, int8_group>;
+inline constexpr auto& weighted_sum_int4 = weighted_sum_by<widen_int4, weighted_sum_f32, int4_group>;
+inline constexpr auto& distances_int8 = distances_by<widen_int8, distances_f32, int8_group>;
+inline constexpr auto& distances_int4 = distances_by<widen_int4, distances_f32, int4_group>;
 
 }  // namespace kvcull::inline KVCULL_ABI::simd::avx2
 

@@ -20,6 +20,7 @@
 #    include <cstdint>
 #    include <cstring>
 
+#    include "../base/quantised.hpp"
 #    include "../base/types.hpp"
 #    include "ahead.hpp"
 #    include "cpuid.hpp"
@@ -48,9 +49,9 @@ namespace kvcull::inline KVCULL_ABI::simd::avx512 {
 [[gnu::always_inline]] inline __m512 zero() noexcept {
     return _mm512_castsi512_ps(_mm512_set1_epi32(0));
 }
-/// The first `count` < 16 lanes.
+/// The first `count` lanes.
 [[gnu::always_inline]] inline __mmask16 mask_of(std::size_t count) noexcept {
-    return static_cast<__mmask16>((1U << count) - 1U);
+    return static_cast<__mmask16>(count < 16 ? (1U << count) - 1U : 0xFFFFU);
 }
 [[gnu::always_inline]] inline __m512 widened(__m256i half, float16) noexcept {
     return _mm512_cvtph_ps(half);
@@ -72,6 +73,74 @@ template <class T>
 template <class T>
 [[gnu::always_inline]] inline __m512 load_part(const T* x, __mmask16 mask) noexcept {
     return widened(_mm256_maskz_loadu_epi16(mask, x), T{});
+}
+
+/// A group of a row, its scale in all lanes.
+template <class Group>
+struct ScaledGroup {
+    const Group* group;
+    __m512 scale;
+};
+// How tiles read rows: `step` channels at a time, in vectors of 16, and how many channels lie in a line.
+template <class T>
+inline constexpr std::size_t step = 16;
+template <>
+inline constexpr std::size_t step<int8_group> = 32;
+template <>
+inline constexpr std::size_t step<int4_group> = 32;
+template <class T>
+inline constexpr std::size_t line = step<T> == 16    ? 64 / sizeof(T)
+                                    : sizeof(T) > 32 ? 32
+                                                     : 64;
+/// Elements and bytes from a row's start to channel `c`.
+template <class T>
+[[nodiscard]] constexpr std::size_t elements_to(std::size_t c) noexcept {
+    return step<T> == 16 ? c : c / step<T>;
+}
+template <class T>
+[[nodiscard]] constexpr std::size_t bytes_to(std::size_t c) noexcept {
+    return elements_to<T>(c) * sizeof(T);
+}
+/// The `step` channels of a row that begin at an element.
+template <class T>
+[[gnu::always_inline]] inline const T* part_at(const T* element) noexcept {
+    return element;
+}
+template <class Group>
+[[gnu::always_inline]] inline ScaledGroup<Group> scaled(const Group* group) noexcept {
+    return {group, _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(group->scale.bits)))};
+}
+[[gnu::always_inline]] inline ScaledGroup<int8_group> part_at(const int8_group* element) noexcept {
+    return scaled(element);
+}
+[[gnu::always_inline]] inline ScaledGroup<int4_group> part_at(const int4_group* element) noexcept {
+    return scaled(element);
+}
+/// The first or second 16 channels of a part.
+template <class T>
+[[gnu::always_inline]] inline __m512 channels(const T* part, std::size_t) noexcept {
+    return load(part);
+}
+[[gnu::always_inline]] inline __m512 channels(ScaledGroup<int8_group> part, std::size_t half) noexcept {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(part.group->q + 16 * half));
+    return part.scale * _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+/// Looked up among the 16 numbers that a scale allows; an index counts modulo 16.
+[[gnu::always_inline]] inline __m512 channels(ScaledGroup<int4_group> part, std::size_t half) noexcept {
+    const __m512 steps = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(part.group->q));
+    const __m512i both = _mm512_cvtepu8_epi32(bytes);
+    return _mm512_permutexvar_ps(half == 0 ? both : _mm512_srli_epi32(both, 4), part.scale * steps);
+}
+/// The lanes of a mask, zero in the others.
+template <class T>
+[[gnu::always_inline]] inline __m512 channels_part(const T* part, std::size_t, __mmask16 mask) noexcept {
+    return load_part(part, mask);
+}
+template <class Group>
+[[gnu::always_inline]] inline __m512 channels_part(ScaledGroup<Group> part, std::size_t half,
+                                                   __mmask16 mask) noexcept {
+    return _mm512_maskz_mov_ps(mask, channels(part, half));
 }
 /// Pins a value that several multiply-adds use in a register: GCC would load it again for each of them.
 [[gnu::always_inline]] inline __m512 pinned(__m512 x) noexcept {
@@ -139,18 +208,25 @@ struct StretchedDistance {
     }
 };
 
-/// 16 channels of Q queries and R rows.
+/// `step` channels of Q queries and R rows.
 template <std::size_t Q, std::size_t R, class Term, class T>
 [[gnu::always_inline]] inline void pair_step(Term term, const float* q, std::size_t q_stride, const T* k,
                                              std::size_t k_stride, __m512* sum) noexcept {
-    __m512 row[R];
+    decltype(part_at(k)) part[R];
 #    pragma GCC unroll 16
-    for (std::size_t r = 0; r < R; ++r) row[r] = load(k + r * k_stride);
+    for (std::size_t r = 0; r < R; ++r) part[r] = part_at(k + r * k_stride);
+#    pragma GCC unroll 2
+    for (std::size_t half = 0; half < step<T> / 16; ++half) {
+        __m512 row[R];
 #    pragma GCC unroll 16
-    for (std::size_t g = 0; g < Q; ++g) {
-        const __m512 query = pinned(load(q + g * q_stride));
+        for (std::size_t r = 0; r < R; ++r) row[r] = channels(part[r], half);
 #    pragma GCC unroll 16
-        for (std::size_t r = 0; r < R; ++r) sum[g * R + r] = term.add(query, row[r], sum[g * R + r], g, r);
+        for (std::size_t g = 0; g < Q; ++g) {
+            const __m512 query = pinned(load(q + g * q_stride + 16 * half));
+#    pragma GCC unroll 16
+            for (std::size_t r = 0; r < R; ++r)
+                sum[g * R + r] = term.add(query, row[r], sum[g * R + r], g, r);
+        }
     }
 }
 
@@ -159,24 +235,25 @@ template <std::size_t Q, std::size_t R, class Term, class T>
 [[gnu::always_inline]] inline void pair_tile(Term term, const float* q, std::size_t q_stride, const T* k,
                                              std::size_t k_stride, std::size_t dim, float scale, float* out,
                                              std::size_t out_stride, std::uintptr_t ahead) noexcept {
-    constexpr std::size_t count = Q * R, line = 64 / sizeof(T);
-    Fetch fetch(k, ahead, R, dim, k_stride);
+    constexpr std::size_t count = Q * R;
+    Fetch fetch(k, ahead, R, step<T> == 16 ? dim : 0, k_stride, bytes_to<T>(line<T>));
     __m512 sum[count];
 #    pragma GCC unroll 16
     for (std::size_t i = 0; i < count; ++i) sum[i] = zero();
     std::size_t c = 0;
-    for (; c + 16 <= dim; c += 16) {
-        if (c % line == 0) fetch.next<R>();
-        pair_step<Q, R>(term, q + c, q_stride, k + c, k_stride, sum);
+    for (; c + step<T> <= dim; c += step<T>, k += elements_to<T>(step<T>)) {
+        if (c % line<T> == 0) fetch.template next<R>();
+        pair_step<Q, R>(term, q + c, q_stride, k, k_stride, sum);
     }
-    if (c < dim) {
+    for (std::size_t half = 0; c < dim; c += 16, ++half) {
         const __mmask16 mask = mask_of(dim - c);
 #    pragma GCC unroll 16
         for (std::size_t g = 0; g < Q; ++g) {
             const __m512 query = load_part(q + g * q_stride + c, mask);
 #    pragma GCC unroll 16
             for (std::size_t r = 0; r < R; ++r)
-                sum[g * R + r] = term.add(query, load_part(k + r * k_stride + c, mask), sum[g * R + r], g, r);
+                sum[g * R + r] = term.add(query, channels_part(part_at(k + r * k_stride), half, mask),
+                                          sum[g * R + r], g, r);
         }
     }
     alignas(64) float result[16];
@@ -217,7 +294,7 @@ template <class Term, class T>
                                          const void* next) noexcept {
     const std::uintptr_t ahead = distance(k, rows * k_stride, next);
     const bool once = group == 1 || group == 4 || (Term::often && group < 4);
-    const std::size_t chunk = once ? rows : chunk_rows(dim * sizeof(T));
+    const std::size_t chunk = once ? rows : chunk_rows(bytes_to<T>(dim));
     for (std::size_t j = 0; j < rows; j += chunk) {
         const std::size_t count = rows - j < chunk ? rows - j : chunk;
         for (std::size_t g = 0; g < group;) {
@@ -265,6 +342,16 @@ inline void dots_bf16(const float* q, std::size_t q_stride, std::size_t group, c
                       std::size_t out_stride, const void* next) noexcept {
     pairs(Product{}, q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
 }
+inline void dots_int8(const float* q, std::size_t q_stride, std::size_t group, const int8_group* k,
+                      std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
+                      std::size_t out_stride, const void* next) noexcept {
+    pairs(Product{}, q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+}
+inline void dots_int4(const float* q, std::size_t q_stride, std::size_t group, const int4_group* k,
+                      std::size_t k_stride, std::size_t rows, std::size_t dim, float scale, float* out,
+                      std::size_t out_stride, const void* next) noexcept {
+    pairs(Product{}, q, q_stride, group, k, k_stride, rows, dim, scale, out, out_stride, next);
+}
 
 template <class T>
 [[gnu::always_inline]] inline void distances(const float* o, std::size_t o_stride, std::size_t group,
@@ -300,9 +387,10 @@ inline void distances_bf16(const float* o, std::size_t o_stride, std::size_t gro
 /// `fetch + j * fetch_row`.
 template <std::size_t Q, std::size_t C, class T>
 [[gnu::always_inline]] inline void sum_tile(const float* w, std::size_t w_stride, const T* v,
-                                            std::size_t v_stride, std::size_t rows, float* out,
-                                            std::size_t out_stride, std::uintptr_t fetch,
+                                            std::size_t v_stride, std::size_t first, std::size_t rows,
+                                            float* out, std::size_t out_stride, std::uintptr_t fetch,
                                             std::size_t fetch_row) noexcept {
+    v += elements_to<T>(first);
     __m512 sum[Q * C];
 #    pragma GCC unroll 16
     for (std::size_t i = 0; i < Q * C; ++i) sum[i] = load(out + i / C * out_stride + i % C * 16);
@@ -310,8 +398,9 @@ template <std::size_t Q, std::size_t C, class T>
         __m512 row[C];
 #    pragma GCC unroll 8
         for (std::size_t c = 0; c < C; ++c) {
-            row[c] = load(v + j * v_stride + c * 16);
-            if (c * 16 * sizeof(T) % 64 == 0) prefetch(fetch + j * fetch_row + c * 16 * sizeof(T));
+            const std::size_t half = C == 1 ? first / 16 % 2 : c % 2;
+            row[c] = channels(part_at(v + elements_to<T>(c * 16) + j * v_stride), half);
+            if (c * 16 % line<T> == 0) prefetch(fetch + j * fetch_row + bytes_to<T>(c * 16));
         }
 #    pragma GCC unroll 8
         for (std::size_t g = 0; g < Q; ++g) {
@@ -327,13 +416,14 @@ template <std::size_t Q, std::size_t C, class T>
 /// The last channels, fewer than 16.
 template <std::size_t Q, class T>
 [[gnu::always_inline]] inline void sum_tail(const float* w, std::size_t w_stride, const T* v,
-                                            std::size_t v_stride, std::size_t rows, __mmask16 mask,
-                                            float* out, std::size_t out_stride) noexcept {
+                                            std::size_t v_stride, std::size_t first, std::size_t rows,
+                                            __mmask16 mask, float* out, std::size_t out_stride) noexcept {
     __m512 sum[Q];
 #    pragma GCC unroll 8
     for (std::size_t g = 0; g < Q; ++g) sum[g] = load_part(out + g * out_stride, mask);
     for (std::size_t j = 0; j < rows; ++j) {
-        const __m512 row = load_part(v + j * v_stride, mask);
+        const __m512 row =
+            channels_part(part_at(v + elements_to<T>(first) + j * v_stride), first / 16 % 2, mask);
 #    pragma GCC unroll 8
         for (std::size_t g = 0; g < Q; ++g) sum[g] = fma(_mm512_set1_ps(w[g * w_stride + j]), row, sum[g]);
     }
@@ -353,17 +443,17 @@ template <std::size_t Q, std::size_t C, class T>
         const float* weight = w + j;
         const T* row = v + j * v_stride;
         const std::uintptr_t fetch = reinterpret_cast<std::uintptr_t>(row) + ahead;
-        const bool dense = v_stride == dim;
+        const bool dense = step<T> == 16 && v_stride == dim;
         const std::size_t fetch_row = (dense ? 16 * C : v_stride) * sizeof(T), fetch_part = dense ? count : 1;
         std::size_t c = 0;
         for (; c + 16 * C <= dim; c += 16 * C)
-            sum_tile<Q, C>(weight, w_stride, row + c, v_stride, count, out + c, out_stride,
-                           fetch + c * fetch_part * sizeof(T), fetch_row);
+            sum_tile<Q, C>(weight, w_stride, row, v_stride, c, count, out + c, out_stride,
+                           fetch + bytes_to<T>(c) * fetch_part, fetch_row);
         for (; c + 16 <= dim; c += 16)
-            sum_tile<Q, 1>(weight, w_stride, row + c, v_stride, count, out + c, out_stride,
-                           fetch + c * fetch_part * sizeof(T), dense ? 16 * sizeof(T) : fetch_row);
+            sum_tile<Q, 1>(weight, w_stride, row, v_stride, c, count, out + c, out_stride,
+                           fetch + bytes_to<T>(c) * fetch_part, dense ? 16 * sizeof(T) : fetch_row);
         if (c < dim)
-            sum_tail<Q>(weight, w_stride, row + c, v_stride, count, mask_of(dim - c), out + c, out_stride);
+            sum_tail<Q>(weight, w_stride, row, v_stride, c, count, mask_of(dim - c), out + c, out_stride);
     }
 }
 
@@ -373,7 +463,7 @@ template <class T>
                                                 std::size_t dim, float* out, std::size_t out_stride,
                                                 const void* next) noexcept {
     const std::uintptr_t ahead = distance(v, rows * v_stride, next);
-    const std::size_t chunk = group <= 4 ? rows : chunk_rows(dim * sizeof(T));
+    const std::size_t chunk = group <= 4 ? rows : chunk_rows(bytes_to<T>(dim));
     for (std::size_t j = 0; j < rows; j += chunk) {
         const std::size_t count = rows - j < chunk ? rows - j : chunk;
         for (std::size_t g = 0; g < group; g += 4) {
@@ -408,6 +498,16 @@ inline void weighted_sum_f16(const float* w, std::size_t w_stride, std::size_t g
     weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);
 }
 inline void weighted_sum_bf16(const float* w, std::size_t w_stride, std::size_t group, const bfloat16* v,
+                              std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
+                              std::size_t out_stride, const void* next) noexcept {
+    weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);
+}
+inline void weighted_sum_int8(const float* w, std::size_t w_stride, std::size_t group, const int8_group* v,
+                              std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
+                              std::size_t out_stride, const void* next) noexcept {
+    weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);
+}
+inline void weighted_sum_int4(const float* w, std::size_t w_stride, std::size_t group, const int4_group* v,
                               std::size_t v_stride, std::size_t rows, std::size_t dim, float* out,
                               std::size_t out_stride, const void* next) noexcept {
     weighted_sum(w, w_stride, group, v, v_stride, rows, dim, out, out_stride, next);

@@ -13,6 +13,7 @@
 
 #    include "exp.hpp"
 #    include "scalar.hpp"
+#    include "wide.hpp"
 
 KVCULL_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl")
 KVCULL_AVX512_WARNINGS_BEGIN
@@ -251,21 +252,6 @@ inline void narrow_bf16(const float* x, bfloat16* out, std::size_t n) noexcept {
 }
 
 template <class Group>
-[[gnu::always_inline]] inline __m512 scale_of(const Group* x) noexcept {
-    return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(x->scale.bits)));
-}
-/// 16 channels of a group, from channel 16 * half on; `scale` in all lanes.
-[[gnu::always_inline]] inline __m512 channels(const int8_group* x, __m512 scale, std::size_t half) noexcept {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x->q + 16 * half));
-    return scale * _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-}
-/// Looked up among the 16 numbers that a scale allows; an index counts modulo 16.
-[[gnu::always_inline]] inline __m512 channels(const int4_group* x, __m512 scale, std::size_t half) noexcept {
-    const __m512 steps = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x->q)));
-    return _mm512_permutexvar_ps(half == 0 ? both : _mm512_srli_epi32(both, 4), scale * steps);
-}
-template <class Group>
 [[gnu::always_inline]] inline void widen_groups(const Group* x, std::size_t x_stride, std::size_t rows,
                                                 std::size_t dim, float* out, std::size_t out_stride,
                                                 const void* next) noexcept {
@@ -273,17 +259,14 @@ template <class Group>
     for (std::size_t j = 0; j < rows; ++j, x += x_stride, out += out_stride) {
         const std::uintptr_t row = reinterpret_cast<std::uintptr_t>(x) + ahead;
         for (std::size_t byte = 0; byte < x_stride * sizeof(Group); byte += 64) prefetch(row + byte);
-        const Group* group = x;
         std::size_t c = 0;
-        for (; c + 32 <= dim; c += 32, ++group) {
-            const __m512 scale = scale_of(group);
-            _mm512_storeu_ps(out + c, channels(group, scale, 0));
-            _mm512_storeu_ps(out + c + 16, channels(group, scale, 1));
+        for (; c + 32 <= dim; c += 32) {
+            const ScaledGroup<Group> group = part_at(x + c / 32);
+            _mm512_storeu_ps(out + c, channels(group, 0));
+            _mm512_storeu_ps(out + c + 16, channels(group, 1));
         }
-        for (std::size_t half = 0; c < dim; ++half, c += 16) {
-            const __mmask16 mask = dim - c < 16 ? mask_of(dim - c) : __mmask16{0xFFFF};
-            _mm512_mask_storeu_ps(out + c, mask, channels(group, scale_of(group), half));
-        }
+        for (std::size_t half = 0; c < dim; ++half, c += 16)
+            _mm512_mask_storeu_ps(out + c, mask_of(dim - c), channels(part_at(x + c / 32), half));
     }
 }
 inline void widen_int8(const int8_group* x, std::size_t x_stride, std::size_t rows, std::size_t dim,
@@ -297,6 +280,10 @@ inline void widen_int4(const int4_group* x, std::size_t x_stride, std::size_t ro
 // Rows are narrowed once, when they come.
 using scalar::narrow_int4;
 using scalar::narrow_int8;
+
+// int8 and int4 rows by way of floats.
+inline constexpr auto& distances_int8 = distances_by<widen_int8, distances_f32, int8_group>;
+inline constexpr auto& distances_int4 = distances_by<widen_int4, distances_f32, int4_group>;
 
 }  // namespace kvcull::inline KVCULL_ABI::simd::avx512
 

@@ -99,12 +99,18 @@ struct Kernels {
     Dots<float> dots_f32;
     Dots<float16> dots_f16;
     Dots<bfloat16> dots_bf16;
+    Dots<int8_group> dots_int8;
+    Dots<int4_group> dots_int4;
     WeightedSum<float> weighted_sum_f32;
     WeightedSum<float16> weighted_sum_f16;
     WeightedSum<bfloat16> weighted_sum_bf16;
+    WeightedSum<int8_group> weighted_sum_int8;
+    WeightedSum<int4_group> weighted_sum_int4;
     Distances<float> distances_f32;
     Distances<float16> distances_f16;
     Distances<bfloat16> distances_bf16;
+    Distances<int8_group> distances_int8;
+    Distances<int4_group> distances_int4;
     /// Softmax of row[n] in place, and its log-sum-exp in *lse. -Inf entries get weight 0. n = 0 or all -Inf:
     /// zeros and -Inf. A NaN or +Inf anywhere: zeros and NaN, so that a bad row votes for nothing. The
     /// log-sum-exp is no return value because Clang's -ffast-math lets no NaN through one.
@@ -207,14 +213,16 @@ KVCULL_KERNELS_INLINE bool available(Isa isa) noexcept {
 }
 
 /// The table of an instruction set: the functions of its namespace.
-#    define KVCULL_KERNELS_OF(isa)                                                                           \
-        Kernels {                                                                                            \
-            Isa::isa, {isa::dots_f32}, {isa::dots_f16}, {isa::dots_bf16}, {isa::weighted_sum_f32},           \
-                {isa::weighted_sum_f16}, {isa::weighted_sum_bf16}, {isa::distances_f32},                     \
-                {isa::distances_f16}, {isa::distances_bf16}, isa::softmax, isa::add_rows, isa::add_squares,  \
-                isa::summarise, isa::odds, isa::square_roots, isa::maximum, isa::widen_f16, isa::widen_bf16, \
-                isa::narrow_f16, isa::narrow_bf16, isa::widen_int8, isa::widen_int4, isa::narrow_int8,       \
-                isa::narrow_int4                                                                             \
+#    define KVCULL_KERNELS_OF(isa)                                                                        \
+        Kernels {                                                                                         \
+            Isa::isa, {isa::dots_f32}, {isa::dots_f16}, {isa::dots_bf16}, {isa::dots_int8},               \
+                {isa::dots_int4}, {isa::weighted_sum_f32}, {isa::weighted_sum_f16},                       \
+                {isa::weighted_sum_bf16}, {isa::weighted_sum_int8}, {isa::weighted_sum_int4},             \
+                {isa::distances_f32}, {isa::distances_f16}, {isa::distances_bf16}, {isa::distances_int8}, \
+                {isa::distances_int4}, isa::softmax, isa::add_rows, isa::add_squares, isa::summarise,     \
+                isa::odds, isa::square_roots, isa::maximum, isa::widen_f16, isa::widen_bf16,              \
+                isa::narrow_f16, isa::narrow_bf16, isa::widen_int8, isa::widen_int4, isa::narrow_int8,    \
+                isa::narrow_int4                                                                          \
         }
 
 KVCULL_KERNELS_INLINE const Kernels& kernels_for(Isa isa) {

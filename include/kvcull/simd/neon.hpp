@@ -26,6 +26,7 @@
 #    include "ahead.hpp"
 #    include "exp.hpp"
 #    include "scalar.hpp"
+#    include "wide.hpp"
 
 KVCULL_PRECISE_BEGIN
 
@@ -509,6 +510,14 @@ using scalar::narrow_int4;
 using scalar::narrow_int8;
 using scalar::widen_int4;
 using scalar::widen_int8;
+
+// int8 and int4 rows by way of floats.
+inline constexpr auto& dots_int8 = dots_by<widen_int8, dots_f32, int8_group>;
+inline constexpr auto& dots_int4 = dots_by<widen_int4, dots_f32, int4_group>;
+inline constexpr auto& weighted_sum_int8 = weighted_sum_by<widen_int8, weighted_sum_f32, int8_group>;
+inline constexpr auto& weighted_sum_int4 = weighted_sum_by<widen_int4, weighted_sum_f32, int4_group>;
+inline constexpr auto& distances_int8 = distances_by<widen_int8, distances_f32, int8_group>;
+inline constexpr auto& distances_int4 = distances_by<widen_int4, distances_f32, int4_group>;
 
 }  // namespace kvcull::inline KVCULL_ABI::simd::neon
 

@@ -15,6 +15,7 @@
 #include "../base/types.hpp"
 #include "exp.hpp"
 #include "target.hpp"
+#include "wide.hpp"
 
 KVCULL_PRECISE_BEGIN
 
@@ -263,6 +264,14 @@ inline void narrow_int4(const float* x, int4_group* out, std::size_t n) noexcept
         }
     }
 }
+
+// int8 and int4 rows by way of floats.
+inline constexpr auto& dots_int8 = dots_by<widen_int8, dots_f32, int8_group>;
+inline constexpr auto& dots_int4 = dots_by<widen_int4, dots_f32, int4_group>;
+inline constexpr auto& weighted_sum_int8 = weighted_sum_by<widen_int8, weighted_sum_f32, int8_group>;
+inline constexpr auto& weighted_sum_int4 = weighted_sum_by<widen_int4, weighted_sum_f32, int4_group>;
+inline constexpr auto& distances_int8 = distances_by<widen_int8, distances_f32, int8_group>;
+inline constexpr auto& distances_int4 = distances_by<widen_int4, distances_f32, int4_group>;
 
 }  // namespace kvcull::inline KVCULL_ABI::simd::scalar
 

@@ -1,4 +1,4 @@
-#include "kvcull/attention/wide_rows.hpp"
+/// The kernels over int8 and int4 rows, against those of floats over their numbers.
 
 #include <cmath>
 #include <cstddef>
@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kvcull/attention/row_kernels.hpp"
+#include "kvcull/simd/wide.hpp"
 #include "support/catch.hpp"
 #include "support/isas.hpp"
 #include "support/random.hpp"
@@ -81,7 +82,7 @@ TEST_CASE("int8 and int4 rows give what their widened copy gives, bit for bit", 
 }
 
 TEST_CASE("rows too long for the floats on the stack are summed in parts", "[differential]") {
-    constexpr std::size_t dim = 2 * detail::wide_floats + 33, n = 3, group = 3;
+    constexpr std::size_t dim = 2 * simd::wide_floats + 33, n = 3, group = 3;
     const DType type = GENERATE(DType::int8, DType::int4);
     const Grouped rows(type, n, dim, 5);
     for (const simd::Isa isa : available_isas()) {
