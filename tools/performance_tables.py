@@ -42,11 +42,12 @@ def percent(cases, name, key="over_none"):
 
 
 TYPES = ["f32", "f16", "bf16"]
+ROWS = [*TYPES, "int8", "int4"]
 
 
 def decode(cases):
     for n in (16384, 65536):
-        for dtype in TYPES:
+        for dtype in ROWS:
             for isa in ("avx512", "avx2", "scalar", "naive"):
                 for heads in ("8x8", "32x8"):
                     name = f"decode/{dtype}/{isa}/heads:{heads}/n:{n}/threads:"

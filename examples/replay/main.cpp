@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 #include <iostream>
+#include <optional>
 
 #include "../common/budget_text.hpp"
 #include "../common/gnuplot.hpp"
@@ -13,7 +14,7 @@ namespace {
 namespace fs = std::filesystem;
 
 struct Options : examples::Comparison {
-    std::string trace, json, kept, out;
+    std::string trace, json, kept, out, dtype;
 
     Options() { budgets = {"192", "96", "48"}; }
 };
@@ -35,6 +36,10 @@ void add_options(CLI::App& app, Options& options) {
     app.add_option("TRACE", options.trace, "A trace: docs/traces.md has the layout, kvcull-record writes one")
         ->required();
     examples::add_options(app, options);
+    std::vector<std::string> types;
+    for (const kvcull::DType type : kvcull::all_dtypes) types.emplace_back(name_of(type));
+    app.add_option("--dtype", options.dtype, "How the policy's cache stores rows; default: as the trace")
+        ->check(CLI::IsMember(types));
     app.add_option("--json", options.json, "File for the numbers");
     app.add_option("--kept", options.kept, "Safetensors file for the tokens kept, per layer, head and step");
     app.add_option("--out", options.out, "Folder for the pictures error.svg and kept.svg");
@@ -43,10 +48,13 @@ void add_options(CLI::App& app, Options& options) {
 
 /// Nothing runs before all of it is known to be legal.
 std::vector<replay::Setting> settings_of(const Options& options, const replay::Trace& trace) {
+    std::optional<kvcull::DType> rows;
+    for (const kvcull::DType type : kvcull::all_dtypes)
+        if (name_of(type) == options.dtype) rows = type;
     std::vector<replay::Setting> settings;
     for (const std::string& policy : options.policies)
         for (const std::string& budget : options.budgets) {
-            settings.push_back({policy, examples::parse_budget("--budget", budget), options.rule});
+            settings.push_back({policy, examples::parse_budget("--budget", budget), options.rule, rows});
             try {
                 check(trace, settings.back());
             } catch (const kvcull::error::config_error& e) {
@@ -86,6 +94,7 @@ void run(const Options& options) {
     std::vector<replay::Outcome> runs;
     for (const replay::Setting& setting : settings)
         runs.push_back(replay::run(trace, setting, options.chunk));
+    if (!options.dtype.empty()) std::cout << "rows: " << options.dtype << "\n\n";
     if (!options.rule.empty()) std::cout << "rule: " << options.rule << "\n\n";
     print_table(std::cout, runs);
     if (!options.json.empty()) write_json(options.json, options.trace, trace, runs);

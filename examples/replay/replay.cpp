@@ -16,8 +16,9 @@ namespace {
 template <class Policy, class Rule = kvcull::Uniform>
 class Player {
   public:
-    Player(const Trace& trace, Policy policy, const kvcull::Budget& budget, Rule rule = {})
-        : trace_(trace), cache_(trace.shape, std::move(policy), budget, pool_, std::move(rule)) {
+    Player(const Trace& trace, std::optional<kvcull::DType> rows, Policy policy, const kvcull::Budget& budget,
+           Rule rule = {})
+        : trace_(trace), cache_(shape_of(trace, rows), std::move(policy), budget, pool_, std::move(rule)) {
         cache_.begin_prompt(trace.prompt);
     }
 
@@ -55,6 +56,11 @@ class Player {
     }
 
   private:
+    static kvcull::CacheShape shape_of(const Trace& trace, std::optional<kvcull::DType> rows) {
+        kvcull::CacheShape shape = trace.shape;
+        shape.dtype = rows.value_or(shape.dtype);
+        return shape;
+    }
     /// A trace has no model to look ahead with: the tokens that did follow are what a copy of the whole cache
     /// would have given.
     void end_prompt() {
@@ -152,8 +158,8 @@ class MassMeter {
 template <class Policy>
 Outcome run(const Trace& trace, Policy policy, const Setting& setting, std::size_t chunk) {
     const kvcull::CacheShape& shape = trace.shape;
-    Player some(trace, std::move(policy), setting.budget, examples::NamedRule(setting.rule));
-    Player full(trace, kvcull::Full{}, {.tokens = 1});
+    Player some(trace, setting.rows, std::move(policy), setting.budget, examples::NamedRule(setting.rule));
+    Player full(trace, std::nullopt, kvcull::Full{}, {.tokens = 1});
     MassMeter meter(trace, full.cache());
     Measure error, mass;
     Outcome outcome{.setting = setting};
@@ -207,7 +213,7 @@ Outcome run(const Trace& trace, Policy policy, const Setting& setting, std::size
 
 void check(const Trace& trace, const Setting& setting) {
     examples::NamedPolicies::with(setting.policy, [&](auto policy) {
-        Player(trace, std::move(policy), setting.budget, examples::NamedRule(setting.rule));
+        Player(trace, setting.rows, std::move(policy), setting.budget, examples::NamedRule(setting.rule));
     });
 }
 

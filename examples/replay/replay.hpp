@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <kvcull/select/budget.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,7 @@ struct Setting {
     kvcull::Budget budget = {};
     std::string rule =
         {};  ///< how layers and heads divide the budget: `pyramid`, `ada:skip=1`; empty: evenly
+    std::optional<kvcull::DType> rows = {};  ///< how the policy's cache stores rows; nothing: as the trace
 };
 
 /// What a policy did to a trace. The four measures go over all rows decoded after the prompt: one per token,

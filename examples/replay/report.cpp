@@ -70,6 +70,7 @@ void write_json(const std::filesystem::path& file, const std::string& name, cons
         else
             item["budget"] = run.setting.budget.ratio;
         if (!run.setting.rule.empty()) item["rule"] = run.setting.rule;
+        if (run.setting.rows) item["rows_dtype"] = name_of(*run.setting.rows);
         item.update({{"mean_error", run.mean_error},
                      {"worst_error", run.worst_error},
                      {"mean_mass", run.mean_mass},

@@ -133,6 +133,22 @@ TEST_CASE("rows are stored as the trace has them, at positions of the trace", "[
     CHECK(run(gaps, setting).until == wide.until);
 }
 
+TEST_CASE("rows of another type cost what their rounding costs, and less memory", "[replay][property]") {
+    const Trace trace = random_trace();
+    double before = 0;
+    std::size_t bytes = run(trace, {"full", {.tokens = 40}}).bytes;
+    for (const kvcull::DType type : {kvcull::DType::f16, kvcull::DType::int8, kvcull::DType::int4}) {
+        const Outcome outcome = run(trace, {"full", {.tokens = 40}, "", type});
+        CAPTURE(name_of(type));
+        CHECK(outcome.mean_error > before);
+        CHECK(outcome.mean_error < 0.3);
+        CHECK(outcome.least_mass == Approx(1.0));
+        CHECK(outcome.bytes <= bytes);  // dims of 8 and 6 fill a quarter of a group
+        before = outcome.mean_error;
+        if (type == kvcull::DType::f16) bytes = 2 * bytes;
+    }
+}
+
 TEST_CASE("an illegal setting is refused before anything runs", "[replay][contract]") {
     using kvcull::error::config_error;
     const Trace trace = random_trace();
