@@ -120,7 +120,7 @@ inline void check_attend(const MatrixView<const float>& q, const RowsView& k, co
 /// multiplied: what K and V hold there reaches no result. A row whose visible logits hold a NaN or +Inf is
 /// bad, see AttentionRows. Cost: reads K once and, if `want.output` is given, V once; R n (d + d_v)
 /// multiply-adds. Allocates nothing.
-/// @param q        [R, d]. @param k [n, d], f32, f16 or bf16. @param v [n, d_v], read only if an output is
+/// @param q        [R, d]. @param k [n, d], of any type. @param v [n, d_v], read only if an output is
 /// wanted.
 /// @param visible  [R], `end` at most n. @param rule  what becomes of the dot products; a number is their
 /// scale.
