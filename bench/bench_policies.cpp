@@ -52,6 +52,7 @@ class Head {
     }
     void score(benchmark::State& state) {
         const HeadStep step = whole();
+        prepare(step);
         time_batches(state, [&] { policy_.score(state_, step, out_); });
     }
     void evict(benchmark::State& state) {
@@ -62,6 +63,7 @@ class Head {
         Plan plan;
         std::vector<index_t> keep;
         time_batches(state, [&] {
+            prepare(step);
             policy_.score(state_, step, out_);
             if constexpr (Finishes<P>) policy_.finish(step, out_);
             selector.head(candidates, {}, keep);
@@ -76,6 +78,9 @@ class Head {
     [[nodiscard]] std::size_t bytes() const { return state_bytes(state_); }
 
   private:
+    void prepare(const HeadStep& step) {
+        if constexpr (Prepares<P>) policy_.prepare(state_, step);
+    }
     [[nodiscard]] HeadStep base(std::size_t rows, std::size_t added, Phase phase) {
         return {.phase = phase,
                 .group = group,

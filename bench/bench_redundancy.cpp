@@ -3,11 +3,13 @@
 /// same size, compiled for the same instruction set, on one thread. `over_eigen`: ours over Eigen's time.
 /// Random keys are unlike each other: nothing ends the search for links early. Of alike keys all have a link.
 
+#include <algorithm>
+#include <numeric>
 #include <string>
 #include <vector>
 
 #include "groups.hpp"
-#include "kvcull/score/redundancy.hpp"
+#include "kvcull/policies/rkv.hpp"
 #include "kvcull/score/sentences.hpp"
 #include "support/cases.hpp"
 #include "support/rows.hpp"
@@ -58,10 +60,18 @@ void measure(benchmark::State& state, simd::Isa isa, bool alike, std::size_t n) 
     const auto product = isa == simd::Isa::avx2 ? eigen_product_avx2 : eigen_product_avx512;
     std::vector<float> keys = random_row(n * dim, 3);
     for (std::size_t i = 0; alike && i < keys.size(); i += dim) keys[i] += 10.0F;
-    std::vector<float> square(n * n), out(n), scratch(redundancy_scratch(n, dim));
+    std::vector<float> square(n * n), out(n), scratch(RKV::redundancy_memory(n, dim));
+    std::vector<position_t> positions(n);
+    std::iota(positions.begin(), positions.end(), 0);
+    const RowsView rows(keys.data(), n, dim, dim);
+    const PositionsView position(positions);
+    KeyLinks links;
+    resize_state(links, n);
+    bool known = true;
     const auto ours = [&] {
-        redundancy(simd::kernels_for(isa), RowsView(keys.data(), n, dim, dim), 0.5F, Retain::last, out,
-                   scratch.data());
+        std::fill(links.link.values().begin(), links.link.values().end(), KeyLinks::unseen);
+        known = find_links(simd::kernels_for(isa), rows, position, {}, links, scratch.data()) &&
+                redundancy(simd::kernels_for(isa), rows, position, links, out, scratch.data()) && known;
         benchmark::ClobberMemory();
     };
     const auto eigen = [&] {
@@ -88,6 +98,7 @@ void measure(benchmark::State& state, simd::Isa isa, bool alike, std::size_t n) 
     state.counters["over_eigen"] = ratio.middle();
     state.counters["scratch_bytes"] = static_cast<double>(scratch.size() * sizeof(float));
     state.counters["spread"] = time.spread();
+    if (!known) state.SkipWithError("links of other keys");
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace kvcull::bench {
 template <class P>
 inline constexpr std::size_t most_rows = 32768;
 template <>
-inline constexpr std::size_t most_rows<RKV> = 4096;  // it compares every key with every other
+inline constexpr std::size_t most_rows<RKV> = 4096;  // at first it compares every key with every other
 
 /// Calls `visit(policy)` for one value of each.
 template <class Visit>

@@ -947,7 +947,12 @@ TEST_CASE("a proposal changes nothing and is what a decision of that size does",
         Evictor evictor(small, policy, Budget{.tokens = 14});
         Foreign rows(small);
         feed(evictor, rows, stream, 0, 12);
-        const Evictor before = evictor;
+        Evictor before = evictor;
+        const CacheView held = rows.view();
+        for (std::size_t i = 0; i < 4; ++i) {  // what is prepared for scores may be remembered
+            std::vector<float> scores(held.heads[i].rows());
+            before.scores(i / 2, i % 2, held.heads[i], scores);
+        }
         Foreign copy = rows;
         copy.apply(evictor.propose(rows.view(), 8));
         REQUIRE(same_live(evictor.live(), before.live()));

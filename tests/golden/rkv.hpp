@@ -61,10 +61,10 @@ void compare_eviction(GoldenFile& file, const RKV& policy, const std::vector<pos
                                 .workspace = &workspace};
             RKV::State state;
             policy.observe(state, step);
-            std::vector<float> some(candidates), all(n), scratch(redundancy_scratch(n, dim));
+            std::vector<float> some(candidates), all(n), scratch(RKV::redundancy_memory(n, dim));
             (void)policy.importance(state, step, some);
             append(importance, some);
-            policy.redundancy(step, all, scratch.data());
+            policy.redundancy(state, step, all, scratch.data());
             append(redundancy, all);
             score(state, step, all);
             scores.insert(scores.end(), all.begin(), all.begin() + static_cast<std::ptrdiff_t>(candidates));

@@ -6,6 +6,8 @@
 #include <span>
 #include <vector>
 
+#include "kvcull/cache/saved.hpp"
+#include "kvcull/policies/skipkv.hpp"
 #include "support/catch.hpp"
 #include "support/conformance.hpp"
 #include "support/failure.hpp"
@@ -236,6 +238,87 @@ TEST_CASE("what is not finite in a head leaves it the newest rows and no other h
             CHECK(std::all_of(score.begin(), score.end(), [](const float& x) { return is_nan(x); }));
         }
         CHECK((keep({}, old_query, 20) == want));
+    }
+}
+
+namespace {
+/// R-KV that forgets its links before it decides. @tparam Base  RKV, or what stands over it.
+template <class Base>
+struct Forgetful : Base {
+    void prepare(typename Base::State& state, const HeadStep& step) const {
+        std::ranges::fill(state.links.link.values(), KeyLinks::unseen);
+        Base::prepare(state, step);
+    }
+};
+/// Two streams of keys, those of the second like each other.
+std::vector<Stream> streams_of_keys(std::size_t tokens) {
+    std::vector<Stream> streams{random_stream(small, tokens, 31), random_stream(small, tokens, 32)};
+    for (std::size_t i = 0; i < streams[1].k.size(); i += 3)
+        streams[1].k[i] += i / 48 % 2 == 0 ? 2.0F : -2.0F;
+    return streams;
+}
+}  // namespace
+
+TEST_CASE("what is remembered of keys changes no score and no plan", "[property]") {
+    for (const Stream& stream : streams_of_keys(150))
+        for (const Retain retain : {Retain::last, Retain::first}) {
+            const RKV policy{
+                .window = 4, .interval = 7, .sigma = 0.05F, .key_threshold = 0.3F, .retain = retain};
+            const Forgetful<RKV> forgetful{policy};
+            std::vector<std::vector<std::vector<position_t>>> want;
+            std::vector<std::vector<float>> scores;
+            for_each_driver(small, forgetful, {.tokens = 40}, [&](auto& cache, const std::string&) {
+                feed_prompt(cache, stream, 0, 60, 17, false);
+                for (std::size_t at = 60; at < 150; ++at) {
+                    feed(cache, stream, at, 1);
+                    want.push_back(all_positions(cache));
+                    scores.push_back(cache.scores(0, 1));
+                }
+            });
+            std::size_t i = 0;
+            for_each_driver(small, policy, {.tokens = 40}, [&](auto& cache, const std::string& driver) {
+                CAPTURE(driver);
+                feed_prompt(cache, stream, 0, 60, 17, false);
+                for (std::size_t at = 60; at < 150; ++at, ++i) {
+                    feed(cache, stream, at, 1);
+                    REQUIRE((all_positions(cache) == want[i]));
+                    REQUIRE(same_bits(cache.scores(0, 1), scores[i]));
+                }
+            });
+        }
+}
+
+TEST_CASE("what is remembered of keys survives what a cache goes through", "[property]") {
+    for (const Stream& stream : streams_of_keys(200)) {
+        const RKV policy{.window = 4, .interval = 9, .sigma = 0.05F, .key_threshold = 0.3F};
+        const auto live = [&](const auto& method) {
+            std::vector<Snapshot> seen;
+            BlockPool pool({.block_rows = 5});
+            KVCache cache(small, method, Budget{.tokens = 30}, pool);
+            feed_prompt(cache, stream, 0, 50, 50);
+            feed_decode(cache, stream, 50, 70);
+            seen.push_back(snapshot(cache));
+            const auto mark = cache.mark();
+            feed_decode(cache, stream, 100, 120);  // other keys at the same positions
+            seen.push_back(snapshot(cache));
+            cache.rollback(mark);
+            auto fork = cache.fork();
+            feed_decode(fork, stream, 130, 150);
+            seen.push_back(snapshot(fork));
+            cache.truncate(6);
+            feed_decode(cache, stream, 150, 170);
+            seen.push_back(snapshot(cache));
+            KVCache loaded(small, method, Budget{.tokens = 30}, pool);
+            load(loaded, save(cache));
+            cache.make_room(12);
+            for (auto* one : {&cache, &loaded}) {
+                feed_decode(*one, stream, 170, 190);
+                seen.push_back(snapshot(*one));
+            }
+            return seen;
+        };
+        CHECK((live(policy) == live(Forgetful<RKV>{policy})));
+        CHECK((live(SkipKV<>{policy}) == live(SkipKV<Forgetful<RKV>>{{policy}})));  // decides after the step
     }
 }
 

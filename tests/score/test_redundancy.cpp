@@ -38,10 +38,18 @@ std::vector<double> naive(std::span<const float> keys, std::size_t dim, double t
     for (double& x : mean) x /= sum;
     return mean;
 }
+/// From nothing; all NaN where a key is not finite.
 std::vector<float> redundancies(const simd::Kernels& kernels, const RowsView& keys, float threshold,
                                 Retain retain) {
-    std::vector<float> out(keys.rows()), scratch(redundancy_scratch(keys.rows(), keys.dim()) + 1, 7.5F);
-    redundancy(kernels, keys, threshold, retain, out, scratch.data());
+    const std::size_t n = keys.rows(), dim = keys.dim();
+    std::vector<float> out(n, quiet_nan()),
+        scratch(std::max(redundancy_scratch(n, dim), link_scratch(n, dim)) + 1, 7.5F);
+    std::vector<position_t> position(n);
+    std::iota(position.begin(), position.end(), 3);
+    KeyLinks links;
+    resize_state(links, n);
+    if (find_links(kernels, keys, PositionsView(position), {threshold, retain}, links, scratch.data()))
+        CHECK(redundancy(kernels, keys, PositionsView(position), links, out, scratch.data()));
     CHECK(same_bits(scratch.back(), 7.5F));
     return out;
 }

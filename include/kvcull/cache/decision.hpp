@@ -189,7 +189,7 @@ class Decision {
     }
     /// The policy's scores of one head, or, with `queries` [q_heads, R, d] of every layer, those of its
     /// look-ahead.
-    void score(const Live<P>& live, std::size_t index, HeadStep step,
+    void score(Live<P>& live, std::size_t index, HeadStep step,
                std::span<const HeadsView<const float>> queries, std::size_t coming, TileScratch& scratch,
                std::span<float> out) const {
         step.protect = protection(live.sizes[index], coming, !queries.empty());
@@ -205,6 +205,7 @@ class Decision {
                 return policy.rescore(live.states[index], step, q, out);
             }
         }
+        if constexpr (Prepares<P>) policy.prepare(live.states[index], step);
         if constexpr (SequenceState<P>)
             policy.score(live.states[index], live.sequence, step, out);
         else

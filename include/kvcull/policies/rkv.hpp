@@ -13,17 +13,18 @@ namespace kvcull::inline KVCULL_ABI {
 /// R-KV (arXiv 2505.24133), for long generation: after every `interval` tokens, and at the end of a prompt,
 /// a head that holds more than its budget keeps the last `window` tokens and the best by sigma * importance -
 /// (1 - sigma) * redundancy, so it never exceeds budget + interval. State: the last `window` query rows of
-/// the group. Cost at an eviction: O(G w n d), and at most n^2 d / 2 multiply-adds for the redundancy;
-/// nothing else.
+/// the group, 16 bytes per token. Cost at an eviction: O(G w n d), and for the redundancy each new key times
+/// every key, n^2 d / 2 multiply-adds at the first; nothing else.
 struct RKV {
     static constexpr std::string_view name = "rkv";
     static constexpr bool bounded = true;  // scores lie within [-1, 1]
     static constexpr bool follows_logits = true;
     struct State {
         QueryRing queries;
+        KeyLinks links;
 
-        [[nodiscard]] static std::tuple<> arrays() noexcept { return {}; }
-        [[nodiscard]] auto rest() noexcept { return std::tie(queries); }
+        [[nodiscard]] auto arrays() noexcept { return links.arrays(); }
+        [[nodiscard]] auto rest() noexcept { return std::tie(queries, links); }
     };
 
     std::size_t window = 8;
@@ -58,8 +59,7 @@ struct RKV {
     static constexpr bool ordered() { return true; }
     [[nodiscard]] constexpr std::size_t workspace(std::size_t rows, std::size_t group,
                                                   std::size_t dim) const {
-        return std::max(importance_scratch(rows) + group * window * dim,
-                        rows + redundancy_scratch(rows, dim));
+        return std::max(importance_scratch(rows) + group * window * dim, rows + redundancy_memory(rows, dim));
     }
     /// A call of several decoded tokens may step over a multiple of `interval`.
     [[nodiscard]] constexpr bool due(const Moment& moment) const {
@@ -74,15 +74,20 @@ struct RKV {
     void observe(State& state, const HeadStep& step) const {
         if (step.tokens > 0) state.queries.push(window, step);
     }
+    void prepare(State& state, const HeadStep& step) const {
+        const RowsView& keys = step.cached.k;
+        find_links(*step.kernels, keys, step.cached.position, rule(), state.links,
+                   step.workspace->get(link_scratch(keys.rows(), keys.dim())));
+    }
     /// The window scores 1, above all others. A NaN or infinity among the keys or queries of a head makes all
     /// its scores NaN, so that the newest rows stay.
     void score(const State& state, const HeadStep& step, std::span<float> out) const {
         const std::size_t candidates = out.size() - std::min(window, out.size());
         const bool known = importance(state, step, out.first(candidates));
         float* const memory =
-            step.workspace->get(out.size() + redundancy_scratch(out.size(), step.cached.k.dim()));
+            step.workspace->get(out.size() + redundancy_memory(out.size(), step.cached.k.dim()));
         const std::span<float> repeated(memory, out.size());
-        redundancy(step, repeated, memory + out.size());
+        redundancy(state, step, repeated, memory + out.size());
         if (!known || (!out.empty() && is_nan(repeated[0])))
             return std::fill(out.begin(), out.end(), quiet_nan());
         for (std::size_t j = 0; j < candidates; ++j) out[j] = sigma * out[j] - (1.0F - sigma) * repeated[j];
@@ -103,21 +108,28 @@ struct RKV {
         float *const largest = memory, *const logits = memory + vote_tile * count;
         for (std::size_t first = 0; first < rows; first += vote_tile) {
             const std::size_t tokens = std::min(vote_tile, rows - first);
-            for (std::size_t g = 0; g < step.group; ++g) {
-                float* const own = g == 0 ? largest : logits;
-                detail::for_each_piece(
-                    step.cached.k, 0, count, [&](const RowsView::Run& piece, const std::byte* next) {
-                        detail::dots(*step.kernels, q + (g * rows + first) * dim, dim, tokens, step.cached.k,
-                                     piece, step.scale, own + piece.first, count, next);
-                    });
-                with_logit_rule(
-                    step, [g](std::size_t /*row*/) { return g; },
-                    [&](std::size_t row) { return state.queries.position(first + row); },
-                    [&](const LogitRule& rule) {
-                        for (std::size_t i = 0; i < tokens; ++i)
-                            detail::finish_logits(rule, i, 0, {own + i * count, count});
-                    });
-                if (g > 0) step.kernels->maximum(largest, logits, tokens * count);
+            // All heads of the group go over a block of keys while it is in cache.
+            for (std::size_t begin = 0; begin < count; begin += vote_block) {
+                const std::size_t end = std::min(begin + vote_block, count);
+                for (std::size_t g = 0; g < step.group; ++g) {
+                    float* const own = g == 0 ? largest + begin : logits;
+                    const std::size_t stride = g == 0 ? count : vote_block;
+                    detail::for_each_piece(step.cached.k, begin, end,
+                                           [&](const RowsView::Run& piece, const std::byte* next) {
+                                               detail::dots(*step.kernels, q + (g * rows + first) * dim, dim,
+                                                            tokens, step.cached.k, piece, step.scale,
+                                                            own + (piece.first - begin), stride, next);
+                                           });
+                    with_logit_rule(
+                        step, [g](std::size_t /*row*/) { return g; },
+                        [&](std::size_t row) { return state.queries.position(first + row); },
+                        [&](const LogitRule& rule) {
+                            for (std::size_t i = 0; i < tokens; ++i)
+                                detail::finish_logits(rule, i, begin, {own + i * stride, end - begin});
+                        });
+                    for (std::size_t i = 0; g > 0 && i < tokens; ++i)
+                        step.kernels->maximum(largest + i * count + begin, logits + i * stride, end - begin);
+                }
             }
             for (std::size_t i = 0; i < tokens; ++i) {
                 float lse = 0.0F;
@@ -131,16 +143,30 @@ struct RKV {
         if (!known) std::fill(out.begin(), out.end(), quiet_nan());
         return known;
     }
-    /// How much each of the n rows repeats others; out[n], sums to 1, or all NaN.
-    void redundancy(const HeadStep& step, std::span<float> out, float* scratch) const {
-        kvcull::redundancy(*step.kernels, step.cached.k, key_threshold, retain, out, scratch);
+    /// How much each of the n rows repeats others; out[n], sums to 1, or all NaN. Of rows that were not
+    /// prepared the links are found for the moment. @param memory  `redundancy_memory(n, head_dim)` floats.
+    void redundancy(const State& state, const HeadStep& step, std::span<float> out, float* memory) const {
+        const simd::Kernels& kernels = *step.kernels;
+        const auto& [k, v, position] = step.cached;
+        if (kvcull::redundancy(kernels, k, position, state.links, out, memory)) return;
+        KeyLinks links = state.links;
+        std::apply([&](auto&... array) { (array.resize(out.size()), ...); }, links.arrays());
+        if (!find_links(kernels, k, position, rule(), links, memory) ||
+            !kvcull::redundancy(kernels, k, position, links, out, memory))
+            std::fill(out.begin(), out.end(), quiet_nan());
+    }
+    [[nodiscard]] static constexpr std::size_t redundancy_memory(std::size_t rows, std::size_t dim) noexcept {
+        return std::max(redundancy_scratch(rows, dim), link_scratch(rows, dim));
     }
 
   private:
+    [[nodiscard]] constexpr LinkRule rule() const noexcept { return {key_threshold, retain}; }
+    static constexpr std::size_t vote_block = 256;  // rows
     [[nodiscard]] static constexpr std::size_t importance_scratch(std::size_t rows) noexcept {
-        return 2 * vote_tile * rows;
+        return vote_tile * (rows + vote_block);
     }
 };
-static_assert(Policy<RKV> && Protects<RKV> && Triggered<RKV> && Ordered<RKV> && Checked<RKV>);
+static_assert(Policy<RKV> && Prepares<RKV> && Protects<RKV> && Triggered<RKV> && Ordered<RKV> &&
+              Checked<RKV>);
 
 }  // namespace kvcull::inline KVCULL_ABI

@@ -6,7 +6,8 @@
 ///   2. observe   once per tile of the query rows that `needs(phase)` asks for, in order; once with an empty
 ///                tile if it asks for none
 ///   3. due       is it time?                                              (default: rows > budget)
-///   4. score     a number per cached row, higher = keep; changes nothing
+///   4. prepare   what its state knows of the rows, before they are scored   (only policies that Prepare)
+///      score     a number per cached row, higher = keep; changes nothing
 ///   5. select    which rows stay                                          (default: top-k; or the policy's
 ///   own)
 ///
@@ -315,6 +316,12 @@ concept ReadsValues = requires(const P policy, typename P::State& state, const H
                                const RowsView::Run& piece) {
     { policy.reads_values(state, step) } -> std::same_as<bool>;
     policy.read_values(state, step, piece);
+};
+/// Brings what its state knows of the cached rows up to date right before they are scored. What it then says
+/// of them is no other than without it, only sooner said. Proposals and questions for scores prepare too.
+template <class P>
+concept Prepares = requires(const P policy, typename P::State& state, const HeadStep& step) {
+    policy.prepare(state, step);
 };
 /// Is shown the rows of a head that leave at the end of a layer's call, while the cache still holds them:
 /// all but `keep`, ascending. Rows may leave unseen in other ways (`make_room`, `truncate`, ..).
