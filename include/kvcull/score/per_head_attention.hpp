@@ -4,15 +4,64 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <span>
 #include <tuple>
+#include <vector>
 
+#include "../attention/attend.hpp"
 #include "received.hpp"
 #include "running_sum.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
 
+/// The queries of a group's newest token, from which its attention can be had again.
+class NewestQuery {
+  public:
+    void reset(const HeadStep& step) {
+        rows_.assign(step.group * step.cached.k.dim(), 0.0F);
+        held_ = false;
+    }
+    /// A tile of one token.
+    void take(const HeadStep& step) noexcept {
+        for (std::size_t g = 0; g < step.group; ++g)
+            std::copy_n(step.q[g].data(), step.q.cols, &rows_[g * step.q.cols]);
+        position_ = step.cached.position[step.n() - 1];
+        held_ = true;
+    }
+    void drop() noexcept { held_ = false; }
+    [[nodiscard]] bool held() const noexcept { return held_; }
+    /// Its attention over all cached rows; out[group, n].
+    void attend_to(const HeadStep& step, MatrixView<float> out) const {
+        const std::size_t dim = step.cached.k.dim();
+        for (std::size_t first = 0; first < step.group; first += together) {
+            const std::size_t count = std::min(together, step.group - first);
+            std::array<float, together> lse = {};
+            std::array<Visible, together> visible = {};
+            visible.fill({0, 0, step.n()});
+            with_logit_rule(
+                step, [first](std::size_t row) { return first + row; },
+                [&](std::size_t /*row*/) { return position_; },
+                [&](const LogitRule& rule) {
+                    attend(*step.kernels, {&rows_[first * dim], count, dim}, step.cached.k, step.cached.v,
+                           std::span(visible).first(count), rule,
+                           {.attention = {out[first].data(), count, out.cols, out.stride},
+                            .lse = std::span(lse).first(count)});
+                });
+        }
+    }
+    [[nodiscard]] auto parts() noexcept { return std::tie(rows_, position_, held_); }
+
+  private:
+    static constexpr std::size_t together = 8;  // query heads in one pass over the keys
+    std::vector<float> rows_;                   // [group, head_dim]
+    position_t position_ = 0;
+    bool held_ = false;
+};
+
 /// Attention received from each query head's own rows: the base scores of CAOTE. As a policy of its own it
-/// ranks by their sum over the group. State: 4 bytes per token and query head.
+/// ranks by their sum over the group. State: 4 bytes per token and query head. With TOVA's row a step that
+/// does not evict keeps its queries alone: writing what the next step replaces would cost as much memory
+/// traffic as a thirtieth of its attention.
 struct PerHeadAttention {
     static constexpr std::string_view name = "per_head_attention";
     static constexpr bool nonnegative = true;
@@ -22,10 +71,11 @@ struct PerHeadAttention {
     }
     struct State {
         RowPlanes<float> mass;  // [group]
-        RunningSum output;  // [group, value_dim]: the sum of mass * value, as counted rows' outputs give it
+        RunningSum output;   // [group, value_dim]: the sum of mass * value, as counted rows' outputs give it
+        NewestQuery newest;  // if held, `mass` is worth nothing: the attention of these queries counts
 
         [[nodiscard]] auto arrays() noexcept { return std::tie(mass); }
-        [[nodiscard]] auto rest() noexcept { return std::tie(output); }
+        [[nodiscard]] auto rest() noexcept { return std::tie(output, newest); }
     };
 
     Rows base = Rows::tova;                  // the last row; all rows; the last `window` of a prompt call
@@ -55,8 +105,8 @@ struct PerHeadAttention {
         return {sinks, recent.value_or(usual)};
     }
     [[nodiscard]] constexpr bool ordered() const { return pools(); }
-    static constexpr std::size_t workspace(std::size_t rows, std::size_t /*group*/, std::size_t dim) {
-        return std::max(rows, dim);
+    static constexpr std::size_t workspace(std::size_t rows, std::size_t group, std::size_t dim) {
+        return std::max(group * rows, dim);
     }
     [[nodiscard]] constexpr Needs needs(Phase phase) const { return accumulation().needs(phase); }
 
@@ -65,8 +115,15 @@ struct PerHeadAttention {
         if (state.mass.planes() == 0) {
             state.mass.set_planes(step.group, step.n());
             state.output.reset(step.group * dim);
+            state.newest.reset(step);
         }
         if (step.tokens == 0) return;
+        if (base == Rows::tova && !step.evicts) {
+            state.newest.take(step);
+            state.output.rows = RunningSum::stale;
+            return;
+        }
+        state.newest.drop();
         if (step.first_tile) {
             if (accumulation().replaces(step.phase)) {
                 for (std::size_t g = 0; g < step.group; ++g)
@@ -87,17 +144,25 @@ struct PerHeadAttention {
     }
     void score(const State& state, const HeadStep& step, std::span<float> out) const {
         std::fill(out.begin(), out.end(), 0.0F);
-        for (std::size_t g = 0; g < state.mass.planes(); ++g)
-            step.kernels->add(out.data(), state.mass[g].data(), out.size());
+        if (state.newest.held()) {
+            float* const weights = step.workspace->get(step.group * out.size());
+            state.newest.attend_to(step, {weights, step.group, out.size()});
+            step.kernels->add_rows(out.data(), weights, out.size(), step.group, out.size());
+        } else {
+            for (std::size_t g = 0; g < state.mass.planes(); ++g)
+                step.kernels->add(out.data(), state.mass[g].data(), out.size());
+        }
         if (pools()) pool_candidates(smoother(), smoothing(), step, out);
     }
     void distribution(const State& state, const HeadStep& step, MatrixView<float> out) const {
+        const bool held = state.newest.held();
+        if (held) state.newest.attend_to(step, out);
         for (std::size_t g = 0; g < out.rows; ++g) {
             if (state.mass.planes() == 0) {  // nothing was observed yet
                 std::fill(out[g].begin(), out[g].end(), 0.0F);
                 continue;
             }
-            std::copy(state.mass[g].begin(), state.mass[g].end(), out[g].begin());
+            if (!held) std::copy(state.mass[g].begin(), state.mass[g].end(), out[g].begin());
             if (pools()) pool_candidates(smoother(), smoothing(), step, out[g]);
         }
     }
