@@ -153,14 +153,21 @@ class Decision {
             if (live.sizes[i] != unlimited && live.rows[i] + coming > live.sizes[i]) return true;
         return false;
     }
-    /// Whether the heads evict now. Pooled heads by their sums, others as soon as one of them is due.
-    /// `coming`: rows per head that will have joined by then.
+    /// Whether the heads evict now. `coming`: rows per head that will have joined by then.
     [[nodiscard]] bool due_now(const Live<P>& live, Span span, Moment moment, std::size_t coming = 0) const {
+        if constexpr (Waits<P>) {
+            moment.layer = span.first / shape.kv_heads;
+            moment.since = since(live, moment, coming);
+            if (!policy.ready(live.sequence, moment)) return false;
+        }
+        return rows_due(live, span, moment, coming);
+    }
+    /// Whether they would, but for a policy that waits. Pooled heads by their sums, others as soon as one of
+    /// them is due.
+    [[nodiscard]] bool rows_due(const Live<P>& live, Span span, Moment moment, std::size_t coming = 0) const {
         const bool pooled = scope() == Scope::layer_pooled || pools_model();
         moment.layer = span.first / shape.kv_heads;
-        moment.since = live.since[moment.layer] + (moment.phase == Phase::decode ? coming : 0);
-        if constexpr (Waits<P>)
-            if (!policy.ready(live.sequence, moment)) return false;
+        moment.since = since(live, moment, coming);
         std::size_t heads = 0;
         for (std::size_t i = span.first; i < span.first + span.count; ++i) {
             if (spares(i / shape.kv_heads)) continue;
@@ -290,6 +297,37 @@ class Decision {
         }
     }
 
+    /// How rows of a layer move. In one with a window they stay ascending.
+    [[nodiscard]] Compaction compaction_of(std::size_t layer) const noexcept {
+        return shape.layer(layer).window > 0 ? Compaction::ascending : compaction;
+    }
+    /// Whether head `index` of a layer with a window is cut once `coming` rows have joined.
+    [[nodiscard]] bool falls_out(const Live<P>& live, std::size_t index, std::size_t coming) const noexcept {
+        const LayerTraits traits = shape.layer(index / shape.kv_heads);
+        return traits.window > 0 && live.rows[index] + coming > traits.most_rows();
+    }
+    /// Rows that no later token can see leave, if there are enough of them.
+    void leave_window(Live<P>& live, std::size_t layer, LayerView cached, Plan& plan) {
+        const std::size_t first = layer * shape.kv_heads;
+        if (!falls_out(live, first, 0)) return;
+        const TokenMask mask{.window = shape.layer(layer).window};
+        keeps_[0].clear();
+        for (std::size_t j = mask.first_seen(cached[0].position, live.call_next); j < live.rows[first]; ++j)
+            keeps_[0].push_back(static_cast<index_t>(j));
+        for (std::size_t h = 0; h < shape.kv_heads; ++h)
+            leave(live, first + h, cached[h].position, Reason::out_of_window, plan);
+        live.gone[layer] = shape.layer(layer).first_seen(live.call_next);
+    }
+    /// Rows of positions from `end` on leave.
+    void truncate(const Live<P>& live, CacheView cached, position_t end, Plan& plan) {
+        for (std::size_t i = 0; i < cached.heads.size(); ++i) {
+            keeps_[0].clear();
+            for (std::size_t j = 0; j < live.rows[i]; ++j)
+                if (cached.heads[i].position[j] < end) keeps_[0].push_back(static_cast<index_t>(j));
+            leave(live, i, cached.heads[i].position, Reason::truncated, plan);
+        }
+    }
+
     /// Shows every head the rows that it is about to lose.
     void forget(Live<P>& live, std::span<const HeadView> cached, const Plan& plan) {
         if constexpr (Forgets<P>)
@@ -341,6 +379,17 @@ class Decision {
                                    text("more than the ", windows, " of layers with a window"));
         limits.bytes -= windows;
         return in_tokens(limits, asked_heads(), shape.row_bytes());
+    }
+    /// All but the rows in keeps_[0] leave a head, whatever their scores.
+    void leave(const Live<P>& live, std::size_t index, const PositionsView& position, Reason reason,
+               Plan& plan) const {
+        const std::size_t layer = index / shape.kv_heads;
+        report(live, index, position, keeps_[0], {}, reason);
+        plan.add(layer, index % shape.kv_heads, live.rows[index], keeps_[0], compaction_of(layer));
+    }
+    /// Tokens decoded since the last eviction of the moment's layer.
+    [[nodiscard]] static std::size_t since(const Live<P>& live, const Moment& moment, std::size_t coming) {
+        return live.since[moment.layer] + (moment.phase == Phase::decode ? coming : 0);
     }
     [[nodiscard]] bool due(Moment moment, std::size_t heads) const {
         moment.slack = budget.slack * heads;

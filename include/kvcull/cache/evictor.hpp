@@ -18,7 +18,9 @@ namespace kvcull::inline KVCULL_ABI {
 
 /// For every layer of a call: append the new rows to your buffers, then `step` (attention if `out` is given,
 /// and the layer's plan), carry the plan out before the next call; `end_step` after the last layer. A plan is
-/// valid until the next call. Every call checks its arguments before anything changes.
+/// valid until the next call. Every call checks its arguments before anything changes: sizes and new rows
+/// always, the positions of old rows (that they are those, and where, the last plan left) whenever rows may
+/// go and all of them are read anyway.
 template <Policy P, BudgetRule Rule = Uniform>
 class Evictor {
   public:
@@ -52,7 +54,7 @@ class Evictor {
     /// How rows of a layer move. In one with a window they stay ascending.
     [[nodiscard]] Compaction compaction(std::size_t layer) const {
         detail::check_layer("Evictor::compaction", shape(), layer);
-        return shape().layer(layer).window > 0 ? Compaction::ascending : decision_.compaction;
+        return decision_.compaction_of(layer);
     }
     /// For engines whose rows must stay ascending whatever the policy. Call it before the first token.
     void keep_ascending() {
@@ -61,6 +63,9 @@ class Evictor {
         detail::check<error::state_error>(live_.seen == 0, where, "tokens seen", live_.seen, 0);
         decision_.compaction = Compaction::ascending;
     }
+    /// For views that cannot be wrong, as a cache's own: what they say of old rows is not compared with the
+    /// last plan (`HeldPositions`).
+    void trust_views() noexcept { live_.held.clear(); }
     /// Heads of a layer run on the caller's threads. Default: one after the other.
     void set_executor(Executor executor) { decision_.workers.executor = std::move(executor); }
     /// For differential tests and measurements; default: the best of this machine.
@@ -79,7 +84,10 @@ class Evictor {
         require_idle("Evictor::hold");
         live_.hold = on;
     }
-    void restore(Live<P> live) noexcept { live_ = std::move(live); }
+    void restore(Live<P> live) noexcept {
+        if (live_.held.empty()) live.held.clear();  // the views are trusted
+        live_ = std::move(live);
+    }
 
     /// Bytes of per-row policy state.
     [[nodiscard]] std::size_t bytes() const {
@@ -139,7 +147,6 @@ class Evictor {
     /// values.
     void admit(std::size_t layer, std::size_t tokens, const AppendInputs& inputs = {}) {
         check_admit("Evictor::admit", layer, tokens, inputs);
-        const std::size_t first = flat(layer, 0);
         MatrixView<const float> log_beta = inputs.log_beta;
         if constexpr (Gated<P>)
             if (log_beta.empty()) {
@@ -149,24 +156,14 @@ class Evictor {
                                   decision_.workers.scratch_of(0).policy);
                 log_beta = made;
             }
-        try {
-            for (std::size_t h = 0; h < shape().kv_heads; ++h) {
-                resize_state(live_.states[first + h], live_.rows[first + h] + tokens);
-                if constexpr (SideInput<P>) {
-                    HeadInputs side{.first_row = live_.rows[first + h], .layer = layer, .head = h};
-                    if (!log_beta.empty()) side.log_beta = log_beta[h];
-                    side.attention_input = inputs.attention_input;
-                    policy().admit(live_.states[first + h], side);
-                }
+        live_.enter(layer, tokens, [&]([[maybe_unused]] std::size_t h, [[maybe_unused]] std::size_t row) {
+            if constexpr (SideInput<P>) {
+                HeadInputs side{.first_row = row, .layer = layer, .head = h};
+                if (!log_beta.empty()) side.log_beta = log_beta[h];
+                side.attention_input = inputs.attention_input;
+                policy().admit(live_.states[flat(layer, h)], side);
             }
-        } catch (...) {
-            for (std::size_t h = 0; h < shape().kv_heads; ++h)
-                resize_state(live_.states[first + h], live_.rows[first + h]);
-            throw;
-        }
-        for (std::size_t h = 0; h < shape().kv_heads; ++h) live_.rows[first + h] += tokens;
-        live_.admitted[layer] = 1;
-        live_.call_tokens = tokens;
+        });
     }
     /// The checks of `admit` alone, for callers that change other things first.
     void check_admit(std::string_view where, std::size_t layer, std::size_t tokens,
@@ -222,18 +219,22 @@ class Evictor {
         const position_t newest = detail::check_new_rows(where, cached, q.tokens, live_.next_position);
         if (live_.call_next != live_.next_position)  // an earlier layer of this call
             detail::check_size(where, "position of the newest row", newest, live_.call_next - 1);
-        if (!admitted) admit(layer, q.tokens);
-        if (live_.phase == Phase::decode) live_.since[layer] += q.tokens;
         const bool spared = decision_.spares(layer);
         const Moment moment = moment_after(q.tokens);
+        const std::size_t coming = admitted ? 0 : q.tokens;
+        const bool evicts = !spared && decides_per_layer() && !pauses(layer, moment) &&
+                            decision_.due_now(live_, decision_.layer(layer), moment, coming);
+        const bool leaves = spared && decision_.falls_out(live_, flat(layer, 0), coming);
+        if (evicts || leaves) check_held(where, "cached", cached, flat(layer, 0), q.tokens);
+        if (!admitted) admit(layer, q.tokens);
+        live_.count(layer, cached, q.tokens);
         return {.layer = layer,
                 .cached = cached,
                 .q = q,
                 .out = out,
                 .needs = spared ? Needs{} : policy().needs(live_.phase),
                 .spared = spared,
-                .evicts = !spared && decides_per_layer() && !pauses(layer, moment) &&
-                          decision_.due_now(live_, decision_.layer(layer), moment),
+                .evicts = evicts,
                 .next_position = newest + 1,
                 .moment = moment,
                 .mask = mask(layer, true)};
@@ -266,11 +267,11 @@ class Evictor {
         live_.call_next = call.next_position;
         plan_.clear();
         if (call.spared)
-            leave_window(call.layer, call.cached);
+            decision_.leave_window(live_, call.layer, call.cached, plan_);
         else if (decides_per_layer())
             decide(decision_.layer(call.layer), call.cached, call.moment);
         decision_.forget(live_, call.cached, plan_);
-        live_.commit(plan_);
+        live_.commit(plan_, call.cached, flat(call.layer, 0));
         return plan_;
     }
 
@@ -284,7 +285,10 @@ class Evictor {
             detail::check_size(where, "inputs.tokens.size()", inputs.tokens.size(), live_.call_tokens);
         if (!inputs.hidden.empty())
             detail::check_size(where, "inputs.hidden.rows", inputs.hidden.rows, live_.call_tokens);
-        if (decides_at_end()) check_all(where, cached);
+        if (decides_at_end()) {
+            detail::check_cached(where, shape(), cached, live_.rows);
+            if (may_decide()) check_held(where, "cached.heads", cached.heads, 0, 0);
+        }
         if constexpr (SequenceState<P>) policy().end_step(live_.sequence, completed(inputs, cached));
         const std::size_t tokens = std::exchange(live_.call_tokens, 0);
         live_.seen += tokens;
@@ -332,7 +336,7 @@ class Evictor {
                                               detail::text("at most the budget ", size));
         plan_.clear();
         if (!decision_.never) choose_where_over(cached, tokens, live_.phase);
-        live_.commit(plan_);
+        live_.commit(plan_, cached.heads, 0);
         return plan_;
     }
 
@@ -350,6 +354,7 @@ class Evictor {
         detail::check_heads(where, "v", v, shape().kv_heads, q.tokens, shape().values());
         detail::check_heads(where, "out", out, shape().q_heads, q.tokens, shape().values());
         detail::check_cached(where, shape(), cached, rows_of(layer), 0);
+        check_held(where, "cached", cached, flat(layer, 0), 0);
         const Needs asked = policy().needs(Phase::probe);
         const Needs all{.rows = all_rows, .attention = true, .logits = asked.logits, .output = true};
         decision_.workers.for_each_head(shape().kv_heads, [&](std::size_t h, detail::TileScratch& scratch) {
@@ -365,7 +370,7 @@ class Evictor {
         plan_.clear();
         if (decides_per_layer() && !decision_.spares(layer))
             decide(decision_.layer(layer), cached, {.phase = Phase::probe, .seen = live_.seen});
-        live_.commit(plan_);
+        live_.commit(plan_, cached, flat(layer, 0));
         return plan_;
     }
 
@@ -380,20 +385,14 @@ class Evictor {
         const position_t end = live_.next_position - static_cast<position_t>(tokens);
         for (std::size_t layer = 0; layer < shape().layers; ++layer)
             detail::check<error::shape_error>(
-                live_.gone[layer] <= std::max<position_t>(0, first_seen(layer, end)), where, "tokens", tokens,
+                live_.gone[layer] <= std::max<position_t>(0, shape().layer(layer).first_seen(end)), where,
+                "tokens", tokens,
                 detail::text("few enough for the rows that left the window of layer ", layer));
         plan_.clear();
-        for (std::size_t i = 0; i < cached.heads.size(); ++i) {
-            kept_.clear();
-            for (std::size_t j = 0; j < live_.rows[i]; ++j)
-                if (cached.heads[i].position[j] < end) kept_.push_back(static_cast<index_t>(j));
-            decision_.report(live_, i, cached.heads[i].position, kept_, {}, Reason::truncated);
-            plan_.add(i / shape().kv_heads, i % shape().kv_heads, live_.rows[i], kept_,
-                      compaction(i / shape().kv_heads));
-        }
+        decision_.truncate(live_, cached, end, plan_);
         std::vector<std::size_t> since = live_.since;  // taking tokens back is no eviction
         for (std::size_t& count : since) count -= std::min(count, tokens);
-        live_.commit(plan_);
+        live_.commit(plan_, cached.heads, 0);
         live_.since.swap(since);
         live_.seen -= tokens;
         live_.next_position = live_.call_next = end;
@@ -424,7 +423,7 @@ class Evictor {
         swap();
         return plan_;
     }
-    /// The states follow a plan that `propose` made.
+    /// The states follow a plan that `propose` or the caller made. Positions are then taken on trust once.
     void commit(const Plan& plan) noexcept { live_.commit(plan); }
 
     /// Scores all layers by query rows given now and evicts down to the budget: the last act of a look-ahead.
@@ -442,7 +441,7 @@ class Evictor {
             live_.sizes.swap(sizes);
             throw;
         }
-        live_.commit(plan_);
+        live_.commit(plan_, cached.heads, 0);
         return plan_;
     }
 
@@ -454,6 +453,7 @@ class Evictor {
         detail::check<error::state_error>(!decision_.spares(layer), "Evictor::scores",
                                           detail::text("layer ", layer), "spared from eviction",
                                           "a layer that the policy has a say in");
+        check_held("Evictor::scores", "cached", {&cached, 1}, flat(layer, head), 0);
         detail::TileScratch& scratch = decision_.workers.scratch_of(0);
         decision_.score(live_, flat(layer, head),
                         decision_.head_step(live_, flat(layer, head), cached, scratch), {}, 0, scratch, out);
@@ -465,7 +465,7 @@ class Evictor {
     }
     /// Whether head `index` (layer * kv_heads + head) might evict in a call that brings `coming` rows.
     [[nodiscard]] bool may_evict(std::size_t index, std::size_t coming) const {
-        if (decision_.spares(index / shape().kv_heads)) return falls_out(index, coming);
+        if (decision_.spares(index / shape().kv_heads)) return decision_.falls_out(live_, index, coming);
         if (Lookahead<P> || live_.hold || !decision_.falls_due[static_cast<std::size_t>(live_.phase)])
             return false;
         if (divides_heads(decision_.rule) && live_.phase == Phase::prompt)
@@ -477,7 +477,8 @@ class Evictor {
     [[nodiscard]] std::size_t rows_after(std::size_t index, std::size_t coming) const {
         const std::size_t rows = live_.rows[index] + coming, layer = index / shape().kv_heads;
         if (decision_.spares(layer))
-            return falls_out(index, coming) ? std::min(rows, shape().layer(layer).window) : rows;
+            return decision_.falls_out(live_, index, coming) ? std::min(rows, shape().layer(layer).window)
+                                                             : rows;
         const bool by_itself = decision_.scope() == Scope::head || decision_.scope() == Scope::layer_shared;
         if (!by_itself || divides_heads(decision_.rule) || decides_late<P> || rows <= live_.sizes[index])
             return rows;
@@ -500,6 +501,24 @@ class Evictor {
     }
     void check_all(std::string_view where, CacheView cached) const {
         detail::check_cached(where, shape(), cached, live_.rows);
+        check_held(where, "cached.heads", cached.heads, 0, 0);
+    }
+    /// The views of heads `first ..` and what their rows must be, but for the newest `added`.
+    void check_held(std::string_view where, std::string_view name, std::span<const HeadView> cached,
+                    std::size_t first, std::size_t added) const {
+        if (live_.held.empty()) return;
+        detail::check_positions(where, name, cached, std::span(live_.held).subspan(first), added,
+                                decision_.compaction_of(first / shape().kv_heads) == Compaction::ascending);
+    }
+    /// Whether the step that ends now may find rows to evict.
+    [[nodiscard]] bool may_decide() const {
+        const Moment moment = moment_after(live_.call_tokens);
+        bool due = false;
+        decision_.for_each_span([&](auto span) {
+            due = due ||
+                  (!pauses(span.first / shape().kv_heads, moment) && decision_.rows_due(live_, span, moment));
+        });
+        return due;
     }
     [[nodiscard]] HeadStep head_step(const LayerCall& call, std::size_t head,
                                      detail::TileScratch& scratch) const {
@@ -521,28 +540,6 @@ class Evictor {
     [[nodiscard]] detail::TokenMask mask(std::size_t layer, bool causal) const noexcept {
         return {causal, shape().layer(layer).window};
     }
-    /// The first position that a token at `query` may see.
-    [[nodiscard]] position_t first_seen(std::size_t layer, position_t query) const noexcept {
-        const std::size_t window = shape().layer(layer).window;
-        return window == 0 ? 0 : query - static_cast<position_t>(window) + 1;
-    }
-    [[nodiscard]] bool falls_out(std::size_t index, std::size_t coming) const noexcept {
-        const LayerTraits traits = shape().layer(index / shape().kv_heads);
-        return traits.window > 0 && live_.rows[index] + coming > traits.most_rows();
-    }
-    void leave_window(std::size_t layer, LayerView cached) {
-        if (!falls_out(flat(layer, 0), 0)) return;
-        const std::size_t rows = live_.rows[flat(layer, 0)];
-        kept_.clear();
-        for (std::size_t j = mask(layer, true).first_seen(cached[0].position, live_.call_next); j < rows; ++j)
-            kept_.push_back(static_cast<index_t>(j));
-        for (std::size_t h = 0; h < shape().kv_heads; ++h) {
-            decision_.report(live_, flat(layer, h), cached[h].position, kept_, {}, Reason::out_of_window);
-            plan_.add(layer, h, rows, kept_, Compaction::ascending);
-        }
-        live_.gone[layer] = first_seen(layer, live_.call_next);
-    }
-
     /// Whether a layer decides at the end of its own call.
     [[nodiscard]] bool decides_per_layer() const { return !decides_late<P> && !decision_.pools_model(); }
     /// Adds what one span keeps to the plan, if it is time.
@@ -579,7 +576,7 @@ class Evictor {
             .phase = live_.phase, .prompt_end = prompt_end, .seen = live_.seen, .tokens = tokens};
         decision_.for_each_span(
             [&](auto span) { decide(span, cached.heads.subspan(span.first, span.count), moment); });
-        live_.commit(plan_);
+        live_.commit(plan_, cached.heads, 0);
     }
     void choose_where_over(CacheView cached, std::size_t coming, Phase phase,
                            std::span<const HeadsView<const float>> queries = {}) {
@@ -593,7 +590,6 @@ class Evictor {
     detail::Decision<P, Rule> decision_;
     Live<P> live_;
     Plan plan_;
-    std::vector<index_t> kept_;
     Scratch<float> log_beta_;  // [kv_heads, c] that gates made
 };
 

@@ -318,7 +318,9 @@ class KVCache {
           evictor_(shape, std::move(policy), budget, std::move(rule)),
           storage_(shape.heads(),
                    {shape.head_dim, shape.values(), shape.dtype, pool.block_rows(), shape.latent}, pool),
-          views_(shape.heads()) {}
+          views_(shape.heads()) {
+        evictor_.trust_views();
+    }
     KVCache(std::shared_ptr<BlockPool> own, CacheShape shape, P policy, Budget budget, Rule rule)
         : KVCache(own, *own, shape, std::move(policy), budget, std::move(rule)) {}
     KVCache(const KVCache& other)

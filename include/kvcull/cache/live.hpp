@@ -10,6 +10,7 @@
 #include "../score/concepts.hpp"
 #include "../select/plan.hpp"
 #include "../select/topk.hpp"
+#include "held_positions.hpp"
 #include "shape.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
@@ -36,6 +37,7 @@ struct Live {
     std::vector<std::uint8_t> admitted, stepped;  // [layers]: in the call that runs now
     std::vector<std::uint8_t> decided;            // [layers]: the prompt's last decision was taken
     std::vector<position_t> gone;                 // [layers]: positions below fell out of the window
+    std::vector<HeldPositions> held;              // [layers * kv_heads]; empty if views are trusted
     std::vector<PositionRange> pinned;
     std::size_t seen = 0, call_tokens = 0, prompt_end = unlimited;
     position_t next_position = 0, call_next = 0;  // before and after the call that runs now
@@ -51,7 +53,8 @@ struct Live {
           admitted(shape.layers, 0),
           stepped(shape.layers, 0),
           decided(shape.layers, 1),
-          gone(shape.layers, 0) {}
+          gone(shape.layers, 0),
+          held(shape.heads()) {}
 
     /// The pinned ranges and one more: those that touch become one, so that no row counts twice.
     [[nodiscard]] std::vector<PositionRange> pinned_with(PositionRange added) const {
@@ -67,6 +70,25 @@ struct Live {
         ranges.push_back(added);
         return ranges;
     }
+    /// `tokens` new rows in all heads of a layer: state grows, and `admit(head, first new row)` fills it. If
+    /// that throws, nothing has changed.
+    template <class Admit>
+    void enter(std::size_t layer, std::size_t tokens, const Admit& admit) {
+        const std::size_t heads = rows.size() / since.size(), first = layer * heads;
+        try {
+            for (std::size_t h = 0; h < heads; ++h) {
+                resize_state(states[first + h], rows[first + h] + tokens);
+                admit(h, rows[first + h]);
+            }
+        } catch (...) {
+            for (std::size_t h = 0; h < heads; ++h) resize_state(states[first + h], rows[first + h]);
+            throw;
+        }
+        for (std::size_t h = 0; h < heads; ++h) rows[first + h] += tokens;
+        if (phase == Phase::decode) since[layer] += tokens;
+        admitted[layer] = 1;
+        call_tokens = tokens;
+    }
     /// Per-row state and lengths follow a plan that the rows follow too.
     void commit(const Plan& plan) noexcept {
         const std::size_t kv_heads = rows.size() / since.size();
@@ -77,6 +99,20 @@ struct Live {
             rows[index] = head.keep.size();
             since[head.layer] = 0;
         }
+    }
+    /// Positions follow too. @param cached  views as before the plan, of heads `first ..`
+    void commit(const Plan& plan, std::span<const HeadView> cached, std::size_t first) noexcept {
+        const std::size_t kv_heads = rows.size() / since.size();
+        for (std::size_t i = 0; !held.empty() && i < plan.size(); ++i) {
+            const std::size_t index = plan[i].layer * kv_heads + plan[i].head;
+            held[index].follow(plan[i], cached[index - first].position);
+        }
+        commit(plan);
+    }
+    /// The positions of a layer's newest `added` rows count as held from now on.
+    void count(std::size_t layer, LayerView cached, std::size_t added) {
+        for (std::size_t h = 0; !held.empty() && h < cached.size(); ++h)
+            held[layer * cached.size() + h].append(cached[h].position, cached[h].rows() - added);
     }
 };
 

@@ -22,6 +22,10 @@ struct LayerTraits {
     [[nodiscard]] constexpr bool spared() const noexcept { return window > 0 || !evicts; }
     /// Rows of a layer with a window beyond which it is cut down to it.
     [[nodiscard]] constexpr std::size_t most_rows() const noexcept { return window + window / 8; }
+    /// The first position that a token at `query` may see.
+    [[nodiscard]] constexpr position_t first_seen(position_t query) const noexcept {
+        return window == 0 ? 0 : query - static_cast<position_t>(window) + 1;
+    }
 };
 
 /// What all layers share, and what does not. Query head h reads KV head h / (q_heads / kv_heads).

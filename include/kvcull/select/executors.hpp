@@ -48,7 +48,10 @@ void for_each_stretch(std::span<const Move> moves, Visit&& visit) {
 template <class Visit>
 void for_each_gap(const HeadPlan& plan, Visit&& visit) {
     index_t begin = 0;
-    for (const index_t row : plan.keep) {
+    for (std::size_t next = 0; next < plan.keep.size();) {
+        skip_neighbours(plan.keep, next, begin);
+        if (next == plan.keep.size()) break;
+        const index_t row = plan.keep[next++];
         if (row != begin) visit(begin, row);
         begin = row + 1;
     }

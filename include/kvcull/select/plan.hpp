@@ -23,21 +23,22 @@ namespace detail {
     for (std::size_t i = 1; i < keep.size(); ++i) descents |= keep[i - 1] >= keep[i] ? 1 : 0;
     return descents == 0 && keep.front() >= 0 && static_cast<std::size_t>(keep.back()) < rows;
 }
+/// Passes over kept rows, from number `next` on, that are rows `to, to + 1, ..`: a stride at a time, as few
+/// rows go.
+inline void skip_neighbours(std::span<const index_t> keep, std::size_t& next, index_t& to) noexcept {
+    constexpr std::size_t stride = 64;
+    while (next + stride <= keep.size() && keep[next + stride - 1] == to + index_t{stride - 1}) {
+        next += stride;
+        to += index_t{stride};
+    }
+}
 /// Appends the moves that turn `rows` rows into the kept ones, safe in place when done one after the other.
 inline void append_moves(Compaction compaction, std::span<const index_t> keep, std::vector<Move>& moves) {
     const auto count = static_cast<index_t>(keep.size());
-    // How many kept rows from `next` on lie in slots `to, to + 1, ..`: a stride at a time, as few rows go.
-    const auto skip = [&](std::size_t& next, index_t& to) {
-        constexpr std::size_t stride = 64;
-        while (next + stride <= keep.size() && keep[next + stride - 1] == to + index_t{stride - 1}) {
-            next += stride;
-            to += index_t{stride};
-        }
-    };
     std::size_t next = 0;
     index_t to = 0;
     if (compaction == Compaction::ascending) {
-        skip(next, to);
+        skip_neighbours(keep, next, to);
         for (; to < count; ++to)
             if (const index_t from = keep[static_cast<std::size_t>(to)]; from != to)
                 moves.push_back({from, to});
@@ -46,7 +47,7 @@ inline void append_moves(Compaction compaction, std::span<const index_t> keep, s
     // Kept rows beyond the new end fill the gaps before it.
     auto tail = std::lower_bound(keep.begin(), keep.end(), count);
     for (; tail != keep.end(); ++to) {
-        skip(next, to);
+        skip_neighbours(keep, next, to);
         if (keep[next] == to)
             ++next;
         else
