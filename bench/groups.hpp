@@ -12,5 +12,6 @@ void add_paging();      // paging/..
 void add_lookahead();   // lookahead/..
 void add_episodes();    // episodes/..
 void add_gates();       // gate/..
+void add_views();       // views/..
 
 }  // namespace kvcull::bench

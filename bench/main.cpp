@@ -53,6 +53,7 @@ int main(int argc, char** argv) {
     kvcull::bench::add_episodes();
     kvcull::bench::add_redundancy();
     kvcull::bench::add_gates();
+    kvcull::bench::add_views();
     Plain<benchmark::ConsoleReporter> table(benchmark::ConsoleReporter::OO_Tabular);
     Plain<benchmark::JSONReporter> file;
     benchmark::RunSpecifiedBenchmarks(&table, to_file ? &file : nullptr);

@@ -69,6 +69,9 @@ template <class T>
 /// of blocks of `block_rows` rows each (the last one may be partly filled). `stride` counts elements between
 /// rows: numbers, or groups of int8 and int4 rows. The element type is a value and not a template parameter,
 /// so that a policy compiles once for all of them.
+///
+/// Rows may also be columns: of one matrix [dim, capacity], as engines without a fused kernel hold V, or of
+/// blocks [dim, block_rows]. Whoever reads rows by `attention/row_kernels.hpp`, or `widen`, need not care.
 class RowsView {
   public:
     /// Longest stretch of rows that lie `stride` elements apart.
@@ -98,12 +101,32 @@ class RowsView {
           block_rows_(block_rows),
           dtype_(dtype) {}
 
+    /// Most channels of rows that are columns: those are copied on the stack, a few rows at a time.
+    static constexpr std::size_t max_column_dim = 4096;
+    /// Columns 0 .. rows - 1 of a matrix [dim, capacity]. @throws shape_error if it has not as many.
+    [[nodiscard]] static RowsView columns(const void* data, DType dtype, std::size_t rows, std::size_t dim,
+                                          std::size_t capacity) {
+        detail::check<error::shape_error>(rows <= capacity, "RowsView::columns", "rows", rows,
+                                          detail::text("at most capacity = ", capacity));
+        return RowsView(data, dtype, rows, dim, 1).as_columns(capacity);
+    }
+    /// Columns of blocks, each [dim, block_rows]; block `b` starts at `blocks[b] + offset` bytes.
+    [[nodiscard]] static RowsView columns(const std::byte* const* blocks, std::size_t offset, DType dtype,
+                                          std::size_t block_rows, std::size_t rows, std::size_t dim) {
+        return RowsView(blocks, offset, dtype, block_rows, rows, dim, 1).as_columns(block_rows);
+    }
+
     [[nodiscard]] constexpr std::size_t rows() const noexcept { return rows_; }
     [[nodiscard]] constexpr std::size_t dim() const noexcept { return dim_; }
     [[nodiscard]] constexpr std::size_t stride() const noexcept { return stride_; }
+    /// Elements from one channel of a row to the next.
+    [[nodiscard]] constexpr std::size_t channel_stride() const noexcept { return channel_stride_; }
+    /// Whether the channels of a row lie apart.
+    [[nodiscard]] constexpr bool are_columns() const noexcept { return channel_stride_ != 1; }
     [[nodiscard]] constexpr DType dtype() const noexcept { return dtype_; }
     [[nodiscard]] constexpr std::size_t row_bytes() const noexcept { return kvcull::row_bytes(dtype_, dim_); }
 
+    /// The first channel of a row; the others follow every `channel_stride` elements.
     [[nodiscard]] const std::byte* row(std::size_t index) const noexcept {
         const std::size_t step = stride_ * size_of(dtype_);
         if (blocks_ == nullptr) return single_ + index * step;
@@ -129,7 +152,7 @@ class RowsView {
     void widen(std::size_t index, std::span<float> out) const noexcept {
         const std::byte* source = row(index);
         const auto copy = [&]<class T>(const T* from) {
-            for (std::size_t c = 0; c < dim_; ++c) out[c] = to_float(from[c]);
+            for (std::size_t c = 0; c < dim_; ++c) out[c] = to_float(from[c * channel_stride_]);
         };
         if (dtype_ == DType::f32) copy(reinterpret_cast<const float*>(source));
         if (dtype_ == DType::f16) copy(reinterpret_cast<const float16*>(source));
@@ -141,9 +164,20 @@ class RowsView {
     }
 
   private:
+    [[nodiscard]] RowsView as_columns(std::size_t channel_stride) const {
+        detail::check<error::shape_error>(channels_of(dtype_) == 1, "RowsView::columns", "dtype",
+                                          name_of(dtype_),
+                                          "f32, f16 or bf16: a group of channels cannot be cut");
+        detail::check<error::shape_error>(dim_ <= max_column_dim, "RowsView::columns", "dim", dim_,
+                                          detail::text("at most ", max_column_dim));
+        RowsView view = *this;
+        view.channel_stride_ = channel_stride;
+        return view;
+    }
+
     const std::byte* single_ = nullptr;
     const std::byte* const* blocks_ = nullptr;
-    std::size_t offset_ = 0, rows_ = 0, dim_ = 0, stride_ = 0, block_rows_ = 1;
+    std::size_t offset_ = 0, rows_ = 0, dim_ = 0, stride_ = 0, block_rows_ = 1, channel_stride_ = 1;
     DType dtype_ = DType::f32;
 };
 

@@ -120,10 +120,10 @@ struct Quantised : Plain {
     }
 };
 
-/// V^T [value_dim, capacity]: a token is a column.
+/// V^T [value_dim, capacity]: a token is a column. Nobody reads beyond the last one.
 struct Transposed : Plain {
     static constexpr std::size_t capacity = 256;
-    std::vector<float> columns = std::vector<float>(shape.values() * capacity);
+    std::vector<float> columns = std::vector<float>(shape.values() * capacity, quiet_nan());
 
     void append(const float* key, const float* value, position_t at) override {
         k.insert(k.end(), key, key + shape.head_dim);
@@ -132,15 +132,16 @@ struct Transposed : Plain {
     }
     void apply(const HeadPlan& plan) override {
         move_columns(plan, MatrixView<float>(columns.data(), shape.values(), plan.rows, capacity));
+        for (std::size_t c = 0; c < shape.values(); ++c)
+            std::fill_n(&columns[c * capacity + plan.keep.size()], plan.rows - plan.keep.size(), quiet_nan());
         move(plan, k, shape.head_dim);
         move(plan, position, 1);
     }
     HeadView view() override {
-        v.resize(position.size() * shape.values());
-        for (std::size_t j = 0; j < position.size(); ++j)
-            for (std::size_t c = 0; c < shape.values(); ++c)
-                v[j * shape.values() + c] = columns[c * capacity + j];
-        return Plain::view();
+        const std::size_t n = position.size();
+        return {{k.data(), n, shape.head_dim, shape.head_dim},
+                RowsView::columns(columns.data(), DType::f32, n, shape.values(), capacity),
+                {position}};
     }
 };
 
@@ -341,6 +342,28 @@ TEST_CASE("engines of every kind of memory hold what a cache holds after every s
     }
     SECTION("obcache") {
         differ(OBCache{.recent = 3}, {.tokens = 12}, Uniform{});
+    }
+    SECTION("obcache, other scores") {
+        differ(OBCache{.kind = OBCache::Score::joint, .recent = 3}, {.tokens = 12, .slack = 2}, Uniform{});
+        differ(OBCache{.kind = OBCache::Score::value, .recent = 3, .norms = OBCache::Norms::recomputed},
+               {.tokens = 12}, Uniform{});
+    }
+    SECTION("vatp") {
+        differ(Vatp{.sinks = 2}, {.tokens = 12}, Uniform{});
+    }
+    SECTION("caote") {
+        differ(Caote<H2O>{}, {.tokens = 12, .slack = 1}, Uniform{});
+        differ(FastCaote<H2O>{}, {.tokens = 12}, Uniform{});
+    }
+    SECTION("critical") {
+        constexpr std::size_t width = 16, rows = shape.q_heads * shape.values();
+        const std::vector<float> wo = random_floats(shape.layers * rows * width, 11);
+        std::vector<MatrixView<const float>> layers;
+        for (std::size_t layer = 0; layer < shape.layers; ++layer)
+            layers.emplace_back(wo.data() + layer * rows * width, rows, width);
+        Critical<SnapKV> policy{SnapKV{.window = 4, .kernel = 3, .decode_interval = 3}};
+        policy.projection = layers;
+        differ(policy, {.tokens = 14}, Uniform{});
     }
 }
 

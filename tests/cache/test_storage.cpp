@@ -363,6 +363,31 @@ TEST_CASE("NaN payloads and signed zeros move bit for bit", "[property]") {
     REQUIRE(view.position[3] == INT64_MIN);
 }
 
+TEST_CASE("rows that come as columns are stored like rows", "[property]") {
+    constexpr std::size_t rows = 11, key_dim = 3, value_dim = 5, capacity = 16;
+    std::vector<std::uint16_t> k(key_dim * capacity), v(value_dim * capacity);
+    for (std::size_t i = 0; i < k.size(); ++i) k[i] = static_cast<std::uint16_t>(i);
+    for (std::size_t i = 0; i < v.size(); ++i) v[i] = static_cast<std::uint16_t>(0x8000U + i);
+    std::vector<position_t> positions(rows);
+    for (std::size_t j = 0; j < rows; ++j) positions[j] = static_cast<position_t>(2 * j);
+    BlockPool pool({.bytes = 1 << 20, .block_rows = 4});
+    Storage storage(1, {key_dim, value_dim, DType::f16, 4}, pool);
+    storage.reserve_spares(storage.blocks_needed(0, rows, false));
+    storage.reserve_rows(rows);
+    storage.append(0, {RowsView::columns(k.data(), DType::f16, rows, key_dim, capacity),
+                       RowsView::columns(v.data(), DType::f16, rows, value_dim, capacity),
+                       std::span<const position_t>(positions)});
+    const HeadView stored = storage.view(0);
+    for (std::size_t j = 0; j < rows; ++j) {
+        std::uint16_t key[key_dim], value[value_dim];
+        std::memcpy(key, stored.k.row(j), sizeof key);
+        std::memcpy(value, stored.v.row(j), sizeof value);
+        for (std::size_t c = 0; c < key_dim; ++c) REQUIRE(key[c] == k[c * capacity + j]);
+        for (std::size_t c = 0; c < value_dim; ++c) REQUIRE(value[c] == v[c * capacity + j]);
+        REQUIRE(stored.position[j] == positions[j]);
+    }
+}
+
 TEST_CASE("a pool that runs out at any block leaves the storage as it was", "[contract]") {
     const RowLayout layout{.key_dim = 16, .value_dim = 16, .dtype = DType::f32, .block_rows = 16};
     BlockPool pool({.block_rows = 16});

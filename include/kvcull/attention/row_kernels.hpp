@@ -7,6 +7,7 @@
 
 #include "../simd/kernels.hpp"
 #include "../views.hpp"
+#include "columns.hpp"
 
 namespace kvcull::inline KVCULL_ABI::detail {
 
@@ -22,7 +23,9 @@ inline constexpr std::size_t piece_bytes = 8192;
 /// a row.
 template <class Visit>
 void for_each_piece(const RowsView& rows, std::size_t begin, std::size_t end, const Visit& visit) {
-    const std::size_t piece_rows = rows_per_piece(rows.stride() * size_of(rows.dtype()));
+    const std::size_t piece_rows = rows.are_columns()
+                                       ? std::max<std::size_t>(column_bytes / rows.row_bytes(), 1)
+                                       : rows_per_piece(rows.stride() * size_of(rows.dtype()));
     const auto piece_at = [&](std::size_t first) {
         RowsView::Run run = rows.run_at(first);
         run.rows = std::min({run.rows, piece_rows, end - first});
@@ -43,42 +46,52 @@ void for_each_piece(const RowsView& rows, std::size_t begin, std::size_t end, co
 inline void dots(const simd::Kernels& kernels, const float* q, std::size_t q_stride, std::size_t group,
                  const RowsView& rows, const RowsView::Run& run, float scale, float* out,
                  std::size_t out_stride, const std::byte* next = nullptr) noexcept {
-    const auto run_on = [&]<class T>(const auto& kernel, const T* data) {
-        kernel(q, q_stride, group, data, rows.stride(), run.rows, rows.dim(), scale, out, out_stride, next);
-    };
-    switch (rows.dtype()) {
-        case DType::f32:
-            return run_on(kernels.dots_f32, reinterpret_cast<const float*>(run.data));
-        case DType::f16:
-            return run_on(kernels.dots_f16, reinterpret_cast<const float16*>(run.data));
-        case DType::bf16:
-            return run_on(kernels.dots_bf16, reinterpret_cast<const bfloat16*>(run.data));
-        case DType::int8:
-            return run_on(kernels.dots_int8, reinterpret_cast<const int8_group*>(run.data));
-        case DType::int4:
-            return run_on(kernels.dots_int4, reinterpret_cast<const int4_group*>(run.data));
-    }
+    for_each_stored(rows, run, next,
+                    [&](const std::byte* data, std::size_t stride, std::size_t first, std::size_t count,
+                        const std::byte* ahead) {
+                        const auto run_on = [&]<class T>(const auto& kernel, const T* k) {
+                            kernel(q, q_stride, group, k, stride, count, rows.dim(), scale, out + first,
+                                   out_stride, ahead);
+                        };
+                        switch (rows.dtype()) {
+                            case DType::f32:
+                                return run_on(kernels.dots_f32, reinterpret_cast<const float*>(data));
+                            case DType::f16:
+                                return run_on(kernels.dots_f16, reinterpret_cast<const float16*>(data));
+                            case DType::bf16:
+                                return run_on(kernels.dots_bf16, reinterpret_cast<const bfloat16*>(data));
+                            case DType::int8:
+                                return run_on(kernels.dots_int8, reinterpret_cast<const int8_group*>(data));
+                            case DType::int4:
+                                return run_on(kernels.dots_int4, reinterpret_cast<const int4_group*>(data));
+                        }
+                    });
 }
 
 /// out[g * out_stride + c] += sum over the run's rows j of w[g * w_stride + j] * row j [c].
 inline void weighted_sum(const simd::Kernels& kernels, const float* w, std::size_t w_stride,
                          std::size_t group, const RowsView& rows, const RowsView::Run& run, float* out,
                          std::size_t out_stride, const std::byte* next = nullptr) noexcept {
-    const auto run_on = [&]<class T>(const auto& kernel, const T* data) {
-        kernel(w, w_stride, group, data, rows.stride(), run.rows, rows.dim(), out, out_stride, next);
-    };
-    switch (rows.dtype()) {
-        case DType::f32:
-            return run_on(kernels.weighted_sum_f32, reinterpret_cast<const float*>(run.data));
-        case DType::f16:
-            return run_on(kernels.weighted_sum_f16, reinterpret_cast<const float16*>(run.data));
-        case DType::bf16:
-            return run_on(kernels.weighted_sum_bf16, reinterpret_cast<const bfloat16*>(run.data));
-        case DType::int8:
-            return run_on(kernels.weighted_sum_int8, reinterpret_cast<const int8_group*>(run.data));
-        case DType::int4:
-            return run_on(kernels.weighted_sum_int4, reinterpret_cast<const int4_group*>(run.data));
-    }
+    for_each_stored(
+        rows, run, next,
+        [&](const std::byte* data, std::size_t stride, std::size_t first, std::size_t count,
+            const std::byte* ahead) {
+            const auto run_on = [&]<class T>(const auto& kernel, const T* v) {
+                kernel(w + first, w_stride, group, v, stride, count, rows.dim(), out, out_stride, ahead);
+            };
+            switch (rows.dtype()) {
+                case DType::f32:
+                    return run_on(kernels.weighted_sum_f32, reinterpret_cast<const float*>(data));
+                case DType::f16:
+                    return run_on(kernels.weighted_sum_f16, reinterpret_cast<const float16*>(data));
+                case DType::bf16:
+                    return run_on(kernels.weighted_sum_bf16, reinterpret_cast<const bfloat16*>(data));
+                case DType::int8:
+                    return run_on(kernels.weighted_sum_int8, reinterpret_cast<const int8_group*>(data));
+                case DType::int4:
+                    return run_on(kernels.weighted_sum_int4, reinterpret_cast<const int4_group*>(data));
+            }
+        });
 }
 
 /// Rows whose distances are taken before anybody looks at them: enough to pay for the calls, few enough for
@@ -89,22 +102,27 @@ inline constexpr std::size_t distance_rows = 256;
 inline void distances(const simd::Kernels& kernels, const float* o, std::size_t o_stride, std::size_t group,
                       const RowsView& rows, const RowsView::Run& run, const float* z, std::size_t z_stride,
                       float* out, std::size_t out_stride, const std::byte* next = nullptr) noexcept {
-    const auto run_on = [&]<class T>(const auto& kernel, const T* data) {
-        kernel(o, o_stride, group, data, rows.stride(), run.rows, rows.dim(), z, z_stride, out, out_stride,
-               next);
-    };
-    switch (rows.dtype()) {
-        case DType::f32:
-            return run_on(kernels.distances_f32, reinterpret_cast<const float*>(run.data));
-        case DType::f16:
-            return run_on(kernels.distances_f16, reinterpret_cast<const float16*>(run.data));
-        case DType::bf16:
-            return run_on(kernels.distances_bf16, reinterpret_cast<const bfloat16*>(run.data));
-        case DType::int8:
-            return run_on(kernels.distances_int8, reinterpret_cast<const int8_group*>(run.data));
-        case DType::int4:
-            return run_on(kernels.distances_int4, reinterpret_cast<const int4_group*>(run.data));
-    }
+    for_each_stored(
+        rows, run, next,
+        [&](const std::byte* data, std::size_t stride, std::size_t first, std::size_t count,
+            const std::byte* ahead) {
+            const auto run_on = [&]<class T>(const auto& kernel, const T* v) {
+                kernel(o, o_stride, group, v, stride, count, rows.dim(), z == nullptr ? nullptr : z + first,
+                       z_stride, out + first, out_stride, ahead);
+            };
+            switch (rows.dtype()) {
+                case DType::f32:
+                    return run_on(kernels.distances_f32, reinterpret_cast<const float*>(data));
+                case DType::f16:
+                    return run_on(kernels.distances_f16, reinterpret_cast<const float16*>(data));
+                case DType::bf16:
+                    return run_on(kernels.distances_bf16, reinterpret_cast<const bfloat16*>(data));
+                case DType::int8:
+                    return run_on(kernels.distances_int8, reinterpret_cast<const int8_group*>(data));
+                case DType::int4:
+                    return run_on(kernels.distances_int4, reinterpret_cast<const int4_group*>(data));
+            }
+        });
 }
 
 /// The same for rows `begin .. end - 1`, at most `distance_rows` of them: out[g * distance_rows + j - begin],

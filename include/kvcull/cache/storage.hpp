@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "../attention/columns.hpp"
 #include "../base/config.hpp"
 #include "../base/error.hpp"
 #include "../base/types.hpp"
@@ -219,10 +220,11 @@ class Storage {
             if (slot == 0) table.blocks.push_back(take_spare());
             std::byte* block = table.blocks.back();
             const position_t position = rows.position[j];
-            std::memcpy(block + layout_.key_offset() + slot * layout_.key_bytes(), rows.k.row(j),
-                        layout_.key_bytes());
-            std::memcpy(block + layout_.value_offset() + slot * layout_.value_bytes(), rows.v.row(j),
-                        layout_.value_bytes());
+            detail::copy_rows(rows.k, {rows.k.row(j), j, 1},
+                              block + layout_.key_offset() + slot * layout_.key_bytes());
+            if (!layout_.latent)
+                detail::copy_rows(rows.v, {rows.v.row(j), j, 1},
+                                  block + layout_.value_offset() + slot * layout_.value_bytes());
             std::memcpy(block + layout_.position_offset() + slot * sizeof(position_t), &position,
                         sizeof(position_t));
         }

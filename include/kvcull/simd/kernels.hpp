@@ -23,6 +23,7 @@
 #include "../base/types.hpp"
 #include "exp.hpp"
 #include "target.hpp"
+#include "transpose.hpp"
 
 #if !defined(KVCULL_SEPARATE_KERNELS) || defined(KVCULL_DEFINE_KERNELS)
 #    define KVCULL_KERNELS_HERE 1
