@@ -14,8 +14,10 @@
 #include "kvcull/policies.hpp"
 #include "kvcull/select/executors.hpp"
 #include "kvcull/select/head_rules.hpp"
+#include "kvcull/select/layer_rules.hpp"
 #include "kvcull/select/reduce.hpp"
 #include "support/catch.hpp"
+#include "support/failure.hpp"
 #include "support/foreign.hpp"
 
 using namespace kvcull;
@@ -415,4 +417,111 @@ TEST_CASE("an engine that drops the same tokens everywhere reduces scores and co
     }
     REQUIRE(naive.size() < 2 * budget);
     REQUIRE(naive.back() == static_cast<position_t>(tokens - 1));
+}
+
+TEST_CASE("an evictor with a rule and a reduction plans what scores, reducer and commit plan by hand",
+          "[differential]") {
+    constexpr std::size_t budget = 16, tokens = 70;
+    const auto same = [&](const auto& policy, const auto& rule, const Reduction& how,
+                          std::span<const std::size_t> sizes) {
+        CAPTURE(how.all_layers, how.equal_counts, how.block_rows, static_cast<int>(how.by));
+        const Rounded rows(tokens, 7);
+        const Stream stream(shape, tokens, 8);
+        const Budget limits{.tokens = budget, .slack = 3};
+        Evictor whole(shape, policy, limits, rule, how);
+        Evictor parts(shape, policy, limits, rule);
+        parts.hold(true);
+        if (how.block_rows > 1) parts.keep_ascending();
+        Buffers one = Buffers::of<Transposed>(), other = Buffers::of<Transposed>();
+        Reducer reduce;
+        double given_up = 0.0;
+        std::size_t decisions = 0;
+        for (std::size_t token = 0; token < tokens; ++token) {
+            for (std::size_t layer = 0; layer < shape.layers; ++layer) {
+                one.append(layer, rows, token, 1);
+                other.append(layer, rows, token, 1);
+                one.apply(whole.step(layer, one.view().layer(layer), stream.q(layer, token, 1)));
+                parts.step(layer, other.view().layer(layer), stream.q(layer, token, 1));
+            }
+            one.apply(whole.end_step(one.view()));
+            parts.end_step(other.view());
+
+            // By hand: lists for the layers that hold more than they may.
+            const bool together = how.all_layers || how.equal_counts;
+            for (std::size_t first = 0; first < shape.layers; first += together ? shape.layers : 1) {
+                const std::size_t layers = together ? shape.layers : 1, from = first * shape.kv_heads;
+                const std::size_t held = parts.live().rows[from];
+                if (held <= sizes[first] + limits.slack) continue;
+                ++decisions;
+                const CacheView view = other.view();
+                std::vector<std::vector<float>> scores(layers * shape.kv_heads, std::vector<float>(held));
+                std::vector<Candidates> heads;
+                for (std::size_t i = 0; i < scores.size(); ++i) {
+                    const std::size_t layer = first + i / shape.kv_heads;
+                    parts.scores(layer, i % shape.kv_heads, view.heads[from + i], scores[i]);
+                    heads.push_back({scores[i], view.heads[from + i].position, sizes[layer],
+                                     policy.protect(sizes[layer])});
+                }
+                std::vector<std::vector<index_t>> keep(how.all_layers ? 1 : layers);
+                given_up += reduce(how, shape.kv_heads, heads, {}, keep);
+                Plan plan;
+                for (std::size_t i = 0; i < scores.size(); ++i)
+                    plan.add(first + i / shape.kv_heads, i % shape.kv_heads, held,
+                             keep[how.all_layers ? 0 : i / shape.kv_heads], parts.compaction(0));
+                other.apply(plan);
+                parts.commit(plan);
+            }
+            REQUIRE((held(one.view()) == held(other.view())));
+        }
+        REQUIRE(decisions > 5);
+        REQUIRE(whole.given_up() == given_up);
+        return given_up;
+    };
+    const H2O h2o{.recent = 2};
+    const std::size_t uniform[] = {budget, budget};
+    for (const Consensus by : {Consensus::max, Consensus::mean, Consensus::vote}) {
+        REQUIRE(same(h2o, Uniform{}, {.by = by}, uniform) > 0.0);
+        REQUIRE(same(h2o, Uniform{}, {.by = by, .all_layers = true}, uniform) > 0.0);
+    }
+    REQUIRE(same(h2o, Uniform{}, {.block_rows = 4}, uniform) > 0.0);
+    REQUIRE(same(h2o, Uniform{}, {.all_layers = true, .block_rows = 4}, uniform) > 0.0);
+    same(OBCache{.kind = OBCache::Score::value, .recent = 3}, Uniform{}, {}, uniform);
+
+    const Pyramid pyramid{.beta = 4};
+    const Evictor asked(shape, h2o, Budget{.tokens = budget}, pyramid);
+    const std::size_t layers[] = {asked.size(0, 0), asked.size(1, 0)};
+    REQUIRE(layers[0] > layers[1]);
+    const std::size_t mean[] = {budget, budget}, least[] = {layers[1], layers[1]};
+    same(h2o, pyramid, {}, layers);
+    same(h2o, pyramid, {.all_layers = true}, mean);
+    same(h2o, pyramid, {.equal_counts = true}, least);
+}
+
+TEST_CASE("a reduction of what cannot share a list is refused by name", "[contract]") {
+    using error::config_error;
+    const Budget budget{.tokens = 16};
+    const auto says = [&](const auto& policy, const auto& rule, const Reduction& how,
+                          const CacheShape& asked = shape) {
+        return failure<config_error>([&] { (void)Evictor(asked, policy, budget, rule, how); });
+    };
+    CHECK(says(H2O{}, Uniform{}, {.block_rows = 0}) == "Reduction: block_rows is 0, want at least 1");
+    CHECK(says(Tova{}, Uniform{}, {}) ==
+          "Reduction: policy is tova, want one that ranks every head by itself");
+    CHECK(says(Laq{}, Uniform{}, {}) == "Reduction: policy is laq, want one without a look-ahead");
+    CHECK(says(H2O{}, AdaKV{}, {}) ==
+          "Reduction: rule is one that divides a layer over its heads, want none: they share one list");
+    CacheShape spared = shape;
+    spared.traits = {{}, {.evicts = false}};
+    CHECK(says(H2O{}, Uniform{}, {.all_layers = true}, spared) ==
+          "Reduction: layer 1 is spared from eviction, want one like the others, as layers agree on their "
+          "rows");
+    CHECK(says(H2O{}, Uniform{}, {}, spared) == "no error");
+
+    Evictor blocks(shape, H2O{}, budget, Uniform{}, Reduction{.block_rows = 4});
+    REQUIRE(blocks.compaction(1) == Compaction::ascending);
+    CHECK(failure<config_error>([&] { blocks.pin(0, 2); }) ==
+          "pin: range is given, want none: rows go in whole blocks");
+    Evictor rows(shape, H2O{}, budget, Uniform{}, Reduction{});
+    rows.pin(0, 2);
+    REQUIRE(rows.live().pinned.size() == 1);
 }

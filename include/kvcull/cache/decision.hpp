@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <string>
@@ -12,6 +13,7 @@
 
 #include "../select/budget.hpp"
 #include "../select/plan.hpp"
+#include "../select/reduce.hpp"
 #include "../select/topk.hpp"
 #include "live.hpp"
 #include "shape.hpp"
@@ -30,11 +32,13 @@ class Decision {
         std::size_t first, count;
     };
 
-    Decision(CacheShape cache, P method, Budget limits, Rule division)
+    Decision(CacheShape cache, P method, Budget limits, Rule division, std::optional<Reduction> how = {})
         : shape(checked(std::move(cache))),
           policy(std::move(method)),
           budget(tokens_of(limits)),
-          rule(std::move(division)) {
+          rule(std::move(division)),
+          reduction(how) {
+        if (reduction) check_reduction();
         if (shape.softcap > 0.0F) require_any_logits("CacheShape", "softcap");
         for (const Phase phase : {Phase::prompt, Phase::decode, Phase::probe})
             falls_due[static_cast<std::size_t>(phase)] =
@@ -46,14 +50,17 @@ class Decision {
         if constexpr (Gated<P>) policy.check_gates(shape.layers, shape.kv_heads);
         scores_.resize(pools_model() ? shape.heads() : shape.kv_heads);
         keeps_.resize(pools_model() || scope() == Scope::layer_pooled ? scores_.size() : 1);
+        if (reduction && reduction->block_rows > 1) compaction = Compaction::ascending;  // blocks stay whole
     }
 
     const CacheShape shape;
     const P policy;
     const Budget budget;
     const Rule rule;
-    std::array<bool, 3> falls_due{};  // by phase: the policy may evict in it
-    bool never = false;               // the policy never evicts, whatever the rows
+    const std::optional<Reduction> reduction;  // heads of a layer, or all, share one keep list
+    double given_up = 0.0;                     // by that, see Reducer, in all decisions
+    std::array<bool, 3> falls_due{};           // by phase: the policy may evict in it
+    bool never = false;                        // the policy never evicts, whatever the rows
     Compaction compaction = is_ordered(policy) ? Compaction::ascending : Compaction::fill;
     Workers workers;
     Bias bias;
@@ -94,7 +101,11 @@ class Decision {
     }
 
     [[nodiscard]] Scope scope() const { return scope_of(policy); }
-    [[nodiscard]] bool pools_model() const { return scope() == Scope::model_pooled; }
+    /// Whether all heads of the model are decided on at once.
+    [[nodiscard]] bool pools_model() const {
+        return scope() == Scope::model_pooled ||
+               (reduction && (reduction->all_layers || reduction->equal_counts));
+    }
     [[nodiscard]] Span layer(std::size_t index) const noexcept {
         return {index * shape.kv_heads, shape.kv_heads};
     }
@@ -114,11 +125,19 @@ class Decision {
             const std::size_t index = i / shape.kv_heads;
             sizes[i] = spares(index) ? unlimited : layers[index];
         }
+        if (pools_model() && reduction) {  // then no layer is spared
+            const std::size_t total = std::accumulate(sizes.begin(), sizes.end(), std::size_t{0});
+            std::fill(sizes.begin(), sizes.end(),
+                      reduction->equal_counts ? *std::min_element(sizes.begin(), sizes.end())
+                                              : total / sizes.size());
+        }
         check_pins(live.pinned, sizes);
         live.sizes = std::move(sizes);
         live.resolved = true;
     }
-    static void check_pins(std::span<const PositionRange> pinned, std::span<const std::size_t> sizes) {
+    void check_pins(std::span<const PositionRange> pinned, std::span<const std::size_t> sizes) const {
+        check<error::config_error>(pinned.empty() || !reduction || reduction->block_rows == 1, "pin", "range",
+                                   "given", "none: rows go in whole blocks");
         position_t total = 0;
         for (const PositionRange& range : pinned) total += range.end - range.begin;
         for (const std::size_t size : sizes)
@@ -258,6 +277,13 @@ class Decision {
             plan.add((first + i) / shape.kv_heads, (first + i) % shape.kv_heads, live.rows[first + i], keep,
                      compaction);
         };
+        if (reduction) {
+            const std::size_t sharing = reduction->all_layers ? count : shape.kv_heads;
+            given_up += reducer_(*reduction, shape.kv_heads, candidates_, live.pinned,
+                                 std::span(keeps_).first(count / sharing));
+            for (std::size_t i = 0; i < count; ++i) add(i, keeps_[i / sharing]);
+            return;
+        }
         switch (scope()) {
             case Scope::layer_pooled:
             case Scope::model_pooled:
@@ -343,6 +369,7 @@ class Decision {
     void reserve(std::size_t rows) {
         for (auto& keep : keeps_) keep.reserve(rows);
         for (auto& scores : scores_) scores.get(rows);
+        if (reduction) reducer_.reserve(shape.layers, rows);
         selector_.reserve(rows * (scope() == Scope::head ? 1 : scores_.size()));
         candidates_.reserve(scores_.size());
         fixed_.reserve(rows);
@@ -358,12 +385,34 @@ class Decision {
         scores_ = std::vector<Scratch<float>>(scores_.size());
         keeps_ = std::vector<std::vector<index_t>>(keeps_.size());
         selector_ = {};
+        reducer_ = {};
         candidates_ = {};
         fixed_ = {};
         workers.scratch = {};
     }
 
   private:
+    /// @throws config_error where one list for several heads makes no sense.
+    void check_reduction() const {
+        using error::config_error;
+        constexpr std::string_view where = "Reduction";
+        const auto fits = [&](bool good, std::string_view wanted) {
+            check<config_error>(good, where, "policy", P::name, wanted);
+        };
+        check<config_error>(reduction->block_rows > 0, where, "block_rows", reduction->block_rows,
+                            "at least 1");
+        fits(scope() == Scope::head, "one that ranks every head by itself");
+        fits(!cut_of(policy), "one that keeps a number of rows");
+        fits(!Lookahead<P>, "one without a look-ahead");
+        bool selects = Selects<P>;
+        if constexpr (requires { policy.selects(); }) selects = policy.selects();
+        fits(!selects, "one that leaves the choice to its scores");
+        check<config_error>(!divides_heads(rule), where, "rule", "one that divides a layer over its heads",
+                            "none: they share one list");
+        for (std::size_t index = 0; index < shape.layers; ++index)
+            check<config_error>(!pools_model() || !spares(index), where, text("layer ", index),
+                                "spared from eviction", "one like the others, as layers agree on their rows");
+    }
     /// The budget in tokens. One of memory is that of all layers: those with a window take theirs first.
     [[nodiscard]] Budget tokens_of(Budget limits) const {
         if (limits.bytes == 0) return limits;
@@ -489,6 +538,7 @@ class Decision {
     }
 
     Selector selector_;
+    Reducer reducer_;
     std::vector<Scratch<float>> scores_;
     std::vector<std::vector<index_t>> keeps_;  // of heads that are ranked together, else of one after another
     std::vector<Candidates> candidates_;

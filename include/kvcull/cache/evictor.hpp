@@ -19,16 +19,17 @@ namespace kvcull::inline KVCULL_ABI {
 /// For every layer of a call: append the new rows to your buffers, then `step` (attention if `out` is given,
 /// and the layer's plan), carry the plan out before the next call; `end_step` after the last layer. A plan is
 /// valid until the next call. Every call checks its arguments before anything changes: sizes and new rows
-/// always, the positions of old rows (that they are those, and where, the last plan left) whenever rows may
-/// go and all of them are read anyway.
+/// always, the positions of old rows, as the last plan left them, whenever rows may go.
 template <Policy P, BudgetRule Rule = Uniform>
 class Evictor {
   public:
     using State = typename P::State;
 
+    /// @param reduction  for engines that cannot drop rows head by head: heads share one list of rows.
     /// @throws config_error if shape, policy, budget or their combination is not valid.
-    explicit Evictor(CacheShape shape, P policy = {}, Budget budget = {}, Rule rule = {})
-        : decision_(shape, std::move(policy), budget, std::move(rule)), live_(shape) {
+    explicit Evictor(CacheShape shape, P policy = {}, Budget budget = {}, Rule rule = {},
+                     std::optional<Reduction> reduction = {})
+        : decision_(shape, std::move(policy), budget, std::move(rule), reduction), live_(shape) {
         if (decision_.budget.tokens > 0) {
             decision_.resolve(live_, decision_.budget.tokens, 0);
         } else if constexpr (Checked<P>) {
@@ -51,6 +52,8 @@ class Evictor {
         detail::check_head("Evictor::size", shape(), layer, head);
         return live_.sizes[flat(layer, head)];
     }
+    /// The score that the reduction has cost so far, see `Reducer`.
+    [[nodiscard]] double given_up() const noexcept { return decision_.given_up; }
     /// How rows of a layer move. In one with a window they stay ascending.
     [[nodiscard]] Compaction compaction(std::size_t layer) const {
         detail::check_layer("Evictor::compaction", shape(), layer);
@@ -63,8 +66,7 @@ class Evictor {
         detail::check<error::state_error>(live_.seen == 0, where, "tokens seen", live_.seen, 0);
         decision_.compaction = Compaction::ascending;
     }
-    /// For views that cannot be wrong, as a cache's own: what they say of old rows is not compared with the
-    /// last plan (`HeldPositions`).
+    /// For views that cannot be wrong: what they say of old rows is not compared (`HeldPositions`).
     void trust_views() noexcept { live_.held.clear(); }
     /// Heads of a layer run on the caller's threads. Default: one after the other.
     void set_executor(Executor executor) { decision_.workers.executor = std::move(executor); }
@@ -408,7 +410,9 @@ class Evictor {
         for (std::size_t i = 0; i < sizes.size(); ++i)
             if (decision_.spares(i / shape().kv_heads)) sizes[i] = unlimited;
         EvictionTrace silent;  // as nothing leaves
+        double given_up = 0.0;
         const auto swap = [&] {
+            std::swap(given_up, decision_.given_up);
             std::swap(sizes, live_.sizes);
             std::swap(silent, decision_.trace);
         };
