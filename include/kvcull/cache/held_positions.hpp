@@ -102,11 +102,10 @@ namespace detail {
     for (std::size_t j = 1; j < order.size(); ++j)
         if (positions[order[j - 1]] == positions[order[j]])
             fail_row(order[j], text("another than in row ", order[j - 1]));
-    const auto more = static_cast<std::int64_t>(got.sum - held.sum);
-    const auto more_by_row = static_cast<std::int64_t>(got.by_row - held.by_row);
-    if (more != 0 && more_by_row % more == 0)  // a single row, if it is one
-        if (const auto row = static_cast<std::uint64_t>(more_by_row / more); row < held.rows)
-            fail_row(row, positions[row] - more);
+    const std::uint64_t more = got.sum - held.sum, more_by_row = got.by_row - held.by_row;
+    for (std::size_t j = 0; more != 0 && j < held.rows; ++j)
+        if (more * j == more_by_row)  // a single row, if it is one
+            fail_row(j, static_cast<position_t>(static_cast<std::uint64_t>(positions[j]) - more));
     fail<error::shape_error>(where, text(name, "[", head, "].position"), "in another order, or of other rows",
                              "what the last call left");
 }
