@@ -81,7 +81,7 @@ struct Snapshot {
 
     template <class R>
     explicit Snapshot(KVCache<P, R>& cache)
-        : live(cache.evictor().live()), bytes(cache.bytes()), pool_bytes(cache.pool().bytes()) {
+        : live(cache.shape()), bytes(cache.bytes()), pool_bytes(cache.pool().bytes()) {
         for (std::size_t layer = 0; layer < cache.shape().layers; ++layer)
             for (std::size_t head = 0; head < cache.shape().kv_heads; ++head) {
                 const HeadView view = cache.view(layer, head);
@@ -90,6 +90,7 @@ struct Snapshot {
                 v.push_back(widened(view.v));
                 scores.push_back(cache.scores(layer, head));
             }
+        live = cache.evictor().live();  // a policy may remember what it prepared for the scores
     }
     [[nodiscard]] bool same_rows(const Snapshot& other) const {
         const auto same = [](const auto& a, const auto& b) {
