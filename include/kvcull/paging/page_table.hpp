@@ -21,9 +21,8 @@ namespace detail {
 
 /// Open addressing with linear probing, at most a quarter full: nearly every look-up ends where it begins,
 /// and nothing is allocated per page. A page is *resident* (it has a slot), *gone* (it has a note, a number
-/// in 1
-/// .. 2^62 - 1), or unknown. Entries stay where they are until the table is rebuilt, those of forgotten pages
-/// too. 16 bytes per entry.
+/// in 1 .. 2^62 - 1), or unknown. Entries stay where they are until the table is rebuilt, those of forgotten
+/// pages too. 16 bytes per entry.
 class PageTable {
   public:
     static constexpr std::uint64_t resident = std::uint64_t{1} << 63U, forgotten = std::uint64_t{1} << 62U;
