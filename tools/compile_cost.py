@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Times std's, and KiB of text: 30 to 40 % above what docs/performance.md says.
+# Times std's, and KiB of text: 18 to 34 % above what docs/performance.md says.
 BUDGETS = {
     "gcc 12": {"header": (10.5, 0), "kernels": (15, 268), "use": (40, 540)},
     "clang 14": {"header": (8, 0), "kernels": (13, 311), "use": (32, 640)},
