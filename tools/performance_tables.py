@@ -121,6 +121,12 @@ def redundancy(cases):
             ]
 
 
+def queries(cases):
+    for name in cases:
+        if name.startswith("views/queries/"):
+            yield [name.split("/")[2], percent(cases, name, "at_once"), percent(cases, name, "waits")]
+
+
 def others(cases):
     for name, case in cases.items():
         if name.startswith(("sentences/", "lookahead/")):
@@ -135,6 +141,7 @@ def main():
     table("Prefill", ["prefill, 32x8, 64 tokens", *TYPES], prefill(cases))
     table("Policies, n = 4096", ["policy", "observe, us", "score, us", "evict, us", "state, bytes per row",
                                  "step, 128 rows of slack", "step, one row at a time"], policies(cases))
+    table("Queries that wait", ["policy", "a pass per token", "queries wait"], queries(cases))
     table("Selection", ["selection, one head", "n 4096", "n 65536"], selection(cases))
     table("Paging", ["cache", "zipf k 64", "k 512", "k 4096", "loop k 64", "k 512", "k 4096", "real k 64", "k 512",
                      "k 4096"], paging(cases))

@@ -138,6 +138,12 @@ class RowsView {
             blocks_ == nullptr ? rows_ : std::min(rows_, (index / block_rows_ + 1) * block_rows_);
         return {row(index), index, end - index};
     }
+    /// Rows 0 .. count - 1.
+    [[nodiscard]] constexpr RowsView first(std::size_t count) const noexcept {
+        RowsView view = *this;
+        view.rows_ = count;
+        return view;
+    }
     /// Calls `visit(Run)` for the runs that cover rows `begin .. end - 1`, in order.
     template <class Visit>
     void for_each_run(std::size_t begin, std::size_t end, Visit&& visit) const {
@@ -192,6 +198,12 @@ class PositionsView {
         : blocks_(blocks), offset_(offset), block_rows_(block_rows), size_(size) {}
 
     [[nodiscard]] constexpr std::size_t size() const noexcept { return size_; }
+    /// Positions of rows 0 .. count - 1.
+    [[nodiscard]] constexpr PositionsView first(std::size_t count) const noexcept {
+        PositionsView view = *this;
+        view.size_ = count;
+        return view;
+    }
     [[nodiscard]] position_t operator[](std::size_t index) const noexcept {
         if (blocks_ == nullptr) return single_[index];
         return block(index / block_rows_)[index % block_rows_];
@@ -227,6 +239,10 @@ struct HeadView {
     PositionsView position;
 
     [[nodiscard]] std::size_t rows() const noexcept { return k.rows(); }
+    /// Rows 0 .. count - 1.
+    [[nodiscard]] HeadView first(std::size_t count) const noexcept {
+        return {k.first(count), v.first(count), position.first(count)};
+    }
 };
 /// One layer: a HeadView per KV head. Heads may differ in length.
 using LayerView = std::span<const HeadView>;

@@ -33,7 +33,9 @@ void for_every_policy(Visit&& visit) {
     visit(SkipKV<>{{.window = 3, .interval = 3}, {.delimiters = {2}}});
     visit(OBCache{.recent = 3});
     visit(OBCache{.kind = OBCache::Score::joint, .base = OBCache::Base::snapkv, .recent = 3, .lagged = true});
+    visit(OBCache{.kind = OBCache::Score::value, .base = OBCache::Base::tova, .recent = 3});
     visit(Caote{});
+    visit(Caote<>{.fast = true});
     visit(Caote<>{.base = {.base = PerHeadAttention::Rows::h2o}, .fast = true});
     visit(Caote<H2O>{.base = {.recent = 2}});
     visit(SelfGated{});

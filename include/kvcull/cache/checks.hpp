@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "../base/error.hpp"
+#include "../score/concepts.hpp"
 #include "../views.hpp"
 #include "shape.hpp"
 
@@ -62,6 +63,24 @@ inline position_t check_new_rows(std::string_view where, LayerView cached, std::
         }
     }
     return newest;
+}
+
+/// New tokens may enter a layer now.
+template <class Decision, class Live>
+void check_admit(std::string_view where, const Decision& decision, const Live& live, std::size_t layer,
+                 std::size_t tokens) {
+    check_layer(where, decision.shape, layer);
+    check<error::state_error>(live.admitted[layer] == 0, where, text("layer ", layer), "already in this step",
+                              "end_step first");
+    check<error::shape_error>(tokens > 0, where, "tokens", tokens, "at least 1");
+    if (live.call_tokens != 0) check_size(where, "tokens", tokens, live.call_tokens);
+    const bool prompt = live.phase == Phase::prompt;
+    check<error::state_error>(live.resolved || decision.budget.ratio == 0.0 || prompt, where, "budget",
+                              "a ratio of a prompt that was not given", "begin_prompt first");
+    if (prompt && live.prompt_end != unlimited)
+        check<error::shape_error>(
+            tokens <= live.prompt_end - live.seen, where, "tokens", tokens,
+            text("at most the ", live.prompt_end - live.seen, " left of the prompt's total"));
 }
 
 /// Look-ahead queries of all layers, [q_heads, R, head_dim] each; R may be 0.

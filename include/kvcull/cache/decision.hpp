@@ -198,6 +198,40 @@ class Decision {
         return pooled && heads > 0 && due(moment, heads);
     }
 
+    /// Whether nothing is decided at such a moment, however many rows there are.
+    [[nodiscard]] bool pauses(const Live<P>& live, std::size_t layer, const Moment& moment) const {
+        return never || live.hold || (moment.phase == Phase::prompt && live.decided[layer] != 0);
+    }
+    /// Whether the step that ends now may find rows to evict.
+    [[nodiscard]] bool may_decide(const Live<P>& live) const {
+        const Moment moment = live.moment_after(live.call_tokens);
+        bool found = false;
+        for_each_span([&](Span span) {
+            found =
+                found || (!pauses(live, span.first / shape.kv_heads, moment) && rows_due(live, span, moment));
+        });
+        return found;
+    }
+    /// Whether head `index` might evict in a call that brings `coming` rows.
+    [[nodiscard]] bool may_evict(const Live<P>& live, std::size_t index, std::size_t coming) const {
+        if (spares(index / shape.kv_heads)) return falls_out(live, index, coming);
+        if (Lookahead<P> || live.hold || !falls_due[static_cast<std::size_t>(live.phase)]) return false;
+        if (divides_heads(rule) && live.phase == Phase::prompt) return true;  // its size may become smaller
+        return scope() == Scope::layer_pooled || pools_model() ||
+               live.rows[index] + coming > live.sizes[index];
+    }
+    /// Rows that head `index` will hold once its layer has made the step that brings `coming` rows.
+    [[nodiscard]] std::size_t rows_after(const Live<P>& live, std::size_t index, std::size_t coming) const {
+        const std::size_t rows = live.rows[index] + coming, layer_of = index / shape.kv_heads;
+        if (spares(layer_of))
+            return falls_out(live, index, coming) ? std::min(rows, shape.layer(layer_of).window) : rows;
+        const bool by_itself = scope() == Scope::head || scope() == Scope::layer_shared;
+        if (!by_itself || divides_heads(rule) || decides_late<P> || rows <= live.sizes[index]) return rows;
+        const Moment moment = live.moment_after(coming);
+        const bool stays = pauses(live, layer_of, moment) || !due_now(live, layer(layer_of), moment, coming);
+        return stays ? rows : live.sizes[index];
+    }
+
     [[nodiscard]] HeadStep head_step(const Live<P>& live, std::size_t index, const HeadView& cached,
                                      TileScratch& scratch) const {
         return {.phase = live.phase,

@@ -13,6 +13,7 @@
 #include "checks.hpp"
 #include "decision.hpp"
 #include "layer_call.hpp"
+#include "query_buffer.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
 
@@ -76,8 +77,25 @@ class Evictor {
     /// executor's threads. @throws config_error if the policy only knows plain logits.
     void set_bias(Bias bias) {
         require_idle("Evictor::set_bias");
+        require_none_waits("Evictor::set_bias");
         if (bias) decision_.require_any_logits("Evictor::set_bias", "bias");
         decision_.bias = std::move(bias);
+    }
+    /// For engines that attend by themselves (`step` without `out`): queries of decoded tokens wait, at most
+    /// `most` per layer, until rows go or something else needs them, and then share one pass over the keys.
+    /// Plans and states are those of a pass per token, bit for bit. 0, the default: none waits. Memory:
+    /// q_heads * head_dim floats each.
+    void buffer_queries(std::size_t most = 64) {
+        require_idle("Evictor::buffer_queries");
+        require_none_waits("Evictor::buffer_queries");
+        buffer_ = most;
+        for (auto& layer : live_.waiting) layer.reserve(most * shape().q_heads * shape().head_dim);
+    }
+    /// Shows the states all queries that wait: before `state`, `live`, `scores`, `commit` and `set_bias`.
+    void catch_up(CacheView cached) {
+        require_idle("Evictor::catch_up");
+        check_all("Evictor::catch_up", cached);
+        show_waiting(cached.heads, 0);
     }
     /// Tells `trace` of every row that leaves; an empty one, the default, costs nothing.
     void set_trace(EvictionTrace trace) { decision_.trace = std::move(trace); }
@@ -170,18 +188,7 @@ class Evictor {
     /// The checks of `admit` alone, for callers that change other things first.
     void check_admit(std::string_view where, std::size_t layer, std::size_t tokens,
                      const AppendInputs& inputs) const {
-        detail::check_layer(where, shape(), layer);
-        detail::check<error::state_error>(live_.admitted[layer] == 0, where, detail::text("layer ", layer),
-                                          "already in this step", "end_step first");
-        detail::check<error::shape_error>(tokens > 0, where, "tokens", tokens, "at least 1");
-        if (live_.call_tokens != 0) detail::check_size(where, "tokens", tokens, live_.call_tokens);
-        detail::check<error::state_error>(
-            live_.resolved || decision_.budget.ratio == 0.0 || live_.phase == Phase::prompt, where, "budget",
-            "a ratio of a prompt that was not given", "begin_prompt first");
-        if (live_.phase == Phase::prompt && live_.prompt_end != unlimited)
-            detail::check<error::shape_error>(
-                tokens <= live_.prompt_end - live_.seen, where, "tokens", tokens,
-                detail::text("at most the ", live_.prompt_end - live_.seen, " left of the prompt's total"));
+        detail::check_admit(where, decision_, live_, layer, tokens);
         decision_.check_side(where, tokens, inputs);
     }
 
@@ -222,21 +229,26 @@ class Evictor {
         if (live_.call_next != live_.next_position)  // an earlier layer of this call
             detail::check_size(where, "position of the newest row", newest, live_.call_next - 1);
         const bool spared = decision_.spares(layer);
-        const Moment moment = moment_after(q.tokens);
+        const Moment moment = live_.moment_after(q.tokens);
         const std::size_t coming = admitted ? 0 : q.tokens;
-        const bool evicts = !spared && decides_per_layer() && !pauses(layer, moment) &&
+        const bool evicts = !spared && decides_per_layer() && !decision_.pauses(live_, layer, moment) &&
                             decision_.due_now(live_, decision_.layer(layer), moment, coming);
         const bool leaves = spared && decision_.falls_out(live_, flat(layer, 0), coming);
         if (evicts || leaves) check_held(where, "cached", cached, flat(layer, 0), q.tokens);
+        const Needs needs = spared ? Needs{} : policy().needs(live_.phase);
+        const bool waits = buffer_ > 0 && live_.phase == Phase::decode && q.tokens == 1 && out.empty() &&
+                           detail::can_wait<P>(needs);
+        if (!waits) detail::show_waiting(decision_, live_, layer, cached, admitted ? q.tokens : 0, false);
         if (!admitted) admit(layer, q.tokens);
         live_.count(layer, cached, q.tokens);
         return {.layer = layer,
                 .cached = cached,
                 .q = q,
                 .out = out,
-                .needs = spared ? Needs{} : policy().needs(live_.phase),
+                .needs = needs,
                 .spared = spared,
                 .evicts = evicts,
+                .waits = waits,
                 .next_position = newest + 1,
                 .moment = moment,
                 .mask = mask(layer, true)};
@@ -252,6 +264,7 @@ class Evictor {
         detail::PartedHead(step, call, scratch).prepare();
     }
     void run(const LayerCall& call, std::size_t head, std::size_t part, detail::TileScratch& scratch) {
+        if (call.waits) return;
         const HeadStep step = head_step(call, head, scratch);
         if (parts(call, head) > 1) return detail::PartedHead(step, call, scratch).run(part);
         with_observer(call, head, [&](const auto& observe) {
@@ -265,6 +278,8 @@ class Evictor {
                       [&](const auto& observe) { detail::PartedHead(step, call, scratch).merge(observe); });
     }
     const Plan& finish(const LayerCall& call) {
+        if (call.waits && (live_.wait(call.layer, call.q) >= buffer_ || call.evicts))
+            detail::show_waiting(decision_, live_, call.layer, call.cached, 0, call.evicts);
         live_.stepped[call.layer] = 1;
         live_.call_next = call.next_position;
         plan_.clear();
@@ -289,7 +304,7 @@ class Evictor {
             detail::check_size(where, "inputs.hidden.rows", inputs.hidden.rows, live_.call_tokens);
         if (decides_at_end()) {
             detail::check_cached(where, shape(), cached, live_.rows);
-            if (may_decide()) check_held(where, "cached.heads", cached.heads, 0, 0);
+            if (decision_.may_decide(live_)) check_held(where, "cached.heads", cached.heads, 0, 0);
         }
         if constexpr (SequenceState<P>) policy().end_step(live_.sequence, completed(inputs, cached));
         const std::size_t tokens = std::exchange(live_.call_tokens, 0);
@@ -357,6 +372,7 @@ class Evictor {
         detail::check_heads(where, "out", out, shape().q_heads, q.tokens, shape().values());
         detail::check_cached(where, shape(), cached, rows_of(layer), 0);
         check_held(where, "cached", cached, flat(layer, 0), 0);
+        detail::show_waiting(decision_, live_, layer, cached, 0, false);
         const Needs asked = policy().needs(Phase::probe);
         const Needs all{.rows = all_rows, .attention = true, .logits = asked.logits, .output = true};
         decision_.workers.for_each_head(shape().kv_heads, [&](std::size_t h, detail::TileScratch& scratch) {
@@ -390,6 +406,7 @@ class Evictor {
                 live_.gone[layer] <= std::max<position_t>(0, shape().layer(layer).first_seen(end)), where,
                 "tokens", tokens,
                 detail::text("few enough for the rows that left the window of layer ", layer));
+        show_waiting(cached.heads, 0);
         plan_.clear();
         decision_.truncate(live_, cached, end, plan_);
         std::vector<std::size_t> since = live_.since;  // taking tokens back is no eviction
@@ -428,7 +445,11 @@ class Evictor {
         return plan_;
     }
     /// The states follow a plan that `propose` or the caller made. Positions are then taken on trust once.
-    void commit(const Plan& plan) noexcept { live_.commit(plan); }
+    /// @throws state_error while queries wait.
+    void commit(const Plan& plan) {
+        require_none_waits("Evictor::commit");
+        live_.commit(plan);
+    }
 
     /// Scores all layers by query rows given now and evicts down to the budget: the last act of a look-ahead.
     /// @param q [layers] of [q_heads, R, head_dim]
@@ -457,6 +478,7 @@ class Evictor {
         detail::check<error::state_error>(!decision_.spares(layer), "Evictor::scores",
                                           detail::text("layer ", layer), "spared from eviction",
                                           "a layer that the policy has a say in");
+        require_none_waits("Evictor::scores");
         check_held("Evictor::scores", "cached", {&cached, 1}, flat(layer, head), 0);
         detail::TileScratch& scratch = decision_.workers.scratch_of(0);
         decision_.score(live_, flat(layer, head),
@@ -469,27 +491,11 @@ class Evictor {
     }
     /// Whether head `index` (layer * kv_heads + head) might evict in a call that brings `coming` rows.
     [[nodiscard]] bool may_evict(std::size_t index, std::size_t coming) const {
-        if (decision_.spares(index / shape().kv_heads)) return decision_.falls_out(live_, index, coming);
-        if (Lookahead<P> || live_.hold || !decision_.falls_due[static_cast<std::size_t>(live_.phase)])
-            return false;
-        if (divides_heads(decision_.rule) && live_.phase == Phase::prompt)
-            return true;  // its size may become smaller
-        return decision_.scope() == Scope::layer_pooled || decision_.pools_model() ||
-               live_.rows[index] + coming > live_.sizes[index];
+        return decision_.may_evict(live_, index, coming);
     }
     /// Rows that head `index` will hold once its layer has made the step that brings `coming` rows.
     [[nodiscard]] std::size_t rows_after(std::size_t index, std::size_t coming) const {
-        const std::size_t rows = live_.rows[index] + coming, layer = index / shape().kv_heads;
-        if (decision_.spares(layer))
-            return decision_.falls_out(live_, index, coming) ? std::min(rows, shape().layer(layer).window)
-                                                             : rows;
-        const bool by_itself = decision_.scope() == Scope::head || decision_.scope() == Scope::layer_shared;
-        if (!by_itself || divides_heads(decision_.rule) || decides_late<P> || rows <= live_.sizes[index])
-            return rows;
-        const Moment moment = moment_after(coming);
-        return pauses(layer, moment) || !decision_.due_now(live_, decision_.layer(layer), moment, coming)
-                   ? rows
-                   : live_.sizes[index];
+        return decision_.rows_after(live_, index, coming);
     }
 
   private:
@@ -499,6 +505,14 @@ class Evictor {
     void require_idle(std::string_view where) const {
         detail::check<error::state_error>(live_.call_tokens == 0, where, "call", "inside a step",
                                           "after end_step");
+    }
+    void require_none_waits(std::string_view where) const {
+        detail::check<error::state_error>(!live_.any_waits(), where, "queries", "waiting", "catch_up first");
+    }
+    /// Of whole layers, from head `first` on.
+    void show_waiting(std::span<const HeadView> cached, std::size_t first) {
+        for (std::size_t i = 0, heads = shape().kv_heads; i < cached.size(); i += heads)
+            detail::show_waiting(decision_, live_, (first + i) / heads, cached.subspan(i, heads), 0, false);
     }
     [[nodiscard]] std::span<const std::size_t> rows_of(std::size_t layer) const noexcept {
         return std::span(live_.rows).subspan(flat(layer, 0), shape().kv_heads);
@@ -513,16 +527,6 @@ class Evictor {
         if (live_.held.empty()) return;
         detail::check_positions(where, name, cached, std::span(live_.held).subspan(first), added,
                                 decision_.compaction_of(first / shape().kv_heads) == Compaction::ascending);
-    }
-    /// Whether the step that ends now may find rows to evict.
-    [[nodiscard]] bool may_decide() const {
-        const Moment moment = moment_after(live_.call_tokens);
-        bool due = false;
-        decision_.for_each_span([&](auto span) {
-            due = due ||
-                  (!pauses(span.first / shape().kv_heads, moment) && decision_.rows_due(live_, span, moment));
-        });
-        return due;
     }
     [[nodiscard]] HeadStep head_step(const LayerCall& call, std::size_t head,
                                      detail::TileScratch& scratch) const {
@@ -550,21 +554,12 @@ class Evictor {
     void decide(typename detail::Decision<P, Rule>::Span span, std::span<const HeadView> views,
                 const Moment& moment) {
         const std::size_t layer = span.first / shape().kv_heads;
-        if (pauses(layer, moment)) return;
-        if (decision_.due_now(live_, span, moment))
+        if (decision_.pauses(live_, layer, moment)) return;
+        if (decision_.due_now(live_, span, moment)) {
+            show_waiting(views, span.first);
             decision_.choose(live_, span, views, moment.phase, 0, plan_);
+        }
         if (moment.prompt_end) live_.decided[layer] = 1;
-    }
-    /// Whether nothing is decided at such a moment, however many rows there are.
-    [[nodiscard]] bool pauses(std::size_t layer, const Moment& moment) const {
-        return decision_.never || live_.hold || (moment.phase == Phase::prompt && live_.decided[layer] != 0);
-    }
-    /// The end of a layer's call of `tokens` tokens.
-    [[nodiscard]] Moment moment_after(std::size_t tokens) const {
-        return {.phase = live_.phase,
-                .prompt_end = live_.seen + tokens == live_.prompt_end,
-                .seen = live_.seen + tokens,
-                .tokens = tokens};
     }
     /// What the caller says of a step, and what it need not say.
     [[nodiscard]] StepInputs completed(StepInputs inputs, CacheView cached) const {
@@ -585,9 +580,10 @@ class Evictor {
     void choose_where_over(CacheView cached, std::size_t coming, Phase phase,
                            std::span<const HeadsView<const float>> queries = {}) {
         decision_.for_each_span([&](auto span) {
-            if (decision_.over(live_, span, coming))
-                decision_.choose(live_, span, cached.heads.subspan(span.first, span.count), phase, coming,
-                                 plan_, queries);
+            if (!decision_.over(live_, span, coming)) return;
+            const std::span<const HeadView> views = cached.heads.subspan(span.first, span.count);
+            show_waiting(views, span.first);
+            decision_.choose(live_, span, views, phase, coming, plan_, queries);
         });
     }
 
@@ -595,6 +591,7 @@ class Evictor {
     Live<P> live_;
     Plan plan_;
     Scratch<float> log_beta_;  // [kv_heads, c] that gates made
+    std::size_t buffer_ = 0;   // queries that may wait in a layer
 };
 
 }  // namespace kvcull::inline KVCULL_ABI

@@ -18,6 +18,7 @@ struct LayerCall {
     Needs needs = {};
     bool spared = false;           // the policy has no say
     bool evicts = false;           // at its end
+    bool waits = false;            // its query, to be shown to the policy later
     position_t next_position = 0;  // after its newest token
     Moment moment = {};            // of its end
     detail::TokenMask mask = {};

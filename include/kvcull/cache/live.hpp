@@ -38,6 +38,8 @@ struct Live {
     std::vector<std::uint8_t> decided;            // [layers]: the prompt's last decision was taken
     std::vector<position_t> gone;                 // [layers]: positions below fell out of the window
     std::vector<HeldPositions> held;              // [layers * kv_heads]; empty if views are trusted
+    /// [layers] of [tokens, q_heads, head_dim]: queries of the newest tokens, which states have not seen.
+    std::vector<std::vector<float>> waiting;
     std::vector<PositionRange> pinned;
     std::size_t seen = 0, call_tokens = 0, prompt_end = unlimited;
     position_t next_position = 0, call_next = 0;  // before and after the call that runs now
@@ -54,7 +56,26 @@ struct Live {
           stepped(shape.layers, 0),
           decided(shape.layers, 1),
           gone(shape.layers, 0),
-          held(shape.heads()) {}
+          held(shape.heads()),
+          waiting(shape.layers) {}
+
+    [[nodiscard]] bool any_waits() const noexcept {
+        return std::any_of(waiting.begin(), waiting.end(), [](const auto& layer) { return !layer.empty(); });
+    }
+    /// The query of a layer's newest token joins those that wait. @returns how many do.
+    std::size_t wait(std::size_t layer, const HeadsView<const float>& q) {
+        std::vector<float>& queries = waiting[layer];
+        for (std::size_t head = 0; head < q.heads; ++head)
+            queries.insert(queries.end(), q.row(head, 0), q.row(head, 0) + q.dim);
+        return queries.size() / (q.heads * q.dim);
+    }
+    /// The end of a call of `tokens` tokens.
+    [[nodiscard]] Moment moment_after(std::size_t tokens) const noexcept {
+        return {.phase = phase,
+                .prompt_end = seen + tokens == prompt_end,
+                .seen = seen + tokens,
+                .tokens = tokens};
+    }
 
     /// The pinned ranges and one more: those that touch become one, so that no row counts twice.
     [[nodiscard]] std::vector<PositionRange> pinned_with(PositionRange added) const {

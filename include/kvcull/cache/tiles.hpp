@@ -22,6 +22,8 @@ namespace kvcull::inline KVCULL_ABI::detail {
 struct TileScratch {
     Scratch<float> q, attention, logits, output, lse, score, policy, wrapper;
     std::vector<Visible> visible;
+    std::vector<float> token_lse;  // of one token of a tile, see `OneByOne`
+    std::vector<Visible> token_visible;
 };
 
 /// What computes: kernels, the caller's threads, and scratch for each of them.
@@ -90,6 +92,8 @@ inline void Workers::reserve(const CacheShape& shape, const Needs& needs, std::s
         one.policy.get(workspace);
         one.wrapper.get(wrapper_workspace);
         one.visible.reserve(tile);
+        one.token_lse.reserve(shape.group());
+        one.token_visible.reserve(shape.group());
     }
 }
 

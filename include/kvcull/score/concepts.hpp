@@ -50,6 +50,9 @@ struct Needs {
     /// Their softmax weights, logits as softmax sees them, and outputs. The queries themselves and their
     /// log-sum-exp come with `attention`, `logits` or `output`; `rows` alone gives the queries.
     bool attention = false, logits = false, output = false;
+    /// A call says nothing that the next one leaves standing: of queries that wait only the newest is shown,
+    /// as that of a call which brought all their tokens.
+    bool replaced = false;
 };
 
 /// Rows that a policy keeps before any other, within its budget: the oldest `sinks` and the newest `recent`.

@@ -25,7 +25,7 @@ struct Accumulation {
     [[nodiscard]] constexpr Needs needs(Phase phase) const noexcept {
         if (phase == Phase::probe) return {};
         Needs needs{.rows = all_rows, .attention = true};
-        if (mode == Mode::replace) needs.rows = 1;
+        if (mode == Mode::replace) needs = {.rows = 1, .attention = true, .replaced = true};
         if (mode == Mode::window && phase == Phase::prompt) needs.rows = window;
         return needs;
     }
