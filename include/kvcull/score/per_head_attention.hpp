@@ -124,20 +124,21 @@ struct PerHeadAttention {
             return;
         }
         state.newest.drop();
-        if (step.first_tile) {
-            if (accumulation().replaces(step.phase)) {
-                for (std::size_t g = 0; g < step.group; ++g)
-                    std::fill(state.mass[g].begin(), state.mass[g].end(), 0.0F);
-                state.output.reset(step.group * dim);
-                state.output.rows = step.n();
-            } else {
-                state.output.grow(step);
-            }
+        const bool begins = step.first_tile && accumulation().replaces(step.phase);
+        if (begins) {
+            state.output.reset(step.group * dim);
+            state.output.rows = step.n();
+        } else if (step.first_tile) {
+            state.output.grow(step);
         }
         if (step.output.empty() || pools()) state.output.rows = RunningSum::stale;
         for (std::size_t r = 0; r < step.attention.rows; ++r) {
             const std::size_t g = r / step.tokens;
-            step.kernels->add(state.mass[g].data(), step.attention[r].data(), step.visible[r].end);
+            const std::span<const float> row = step.attention[r];
+            if (begins && r % step.tokens == 0)
+                std::copy(row.begin(), row.end(), state.mass[g].begin());
+            else
+                step.kernels->add(state.mass[g].data(), row.data(), step.visible[r].end);
             if (state.output.rows == step.n() && is_finite(step.lse[r]))
                 state.output.add(g * dim, 1.0, step.output[r]);
         }
