@@ -40,12 +40,12 @@ int offer(const Load& load) {
     return 0;
 }
 
-/// For loaders that take a path: a file of this process.
+/// For loaders that take a path: a file of this process, in memory where the system has a folder for that,
+/// because a disk is several times slower than the loaders.
 class TemporaryFile {
   public:
     explicit TemporaryFile(const std::string& name)
-        : folder_(std::filesystem::temp_directory_path() / ("kvcull-fuzz-" + std::to_string(getpid()))),
-          path_(folder_ / name) {
+        : folder_(parent() / ("kvcull-fuzz-" + std::to_string(getpid()))), path_(folder_ / name) {
         std::filesystem::create_directories(folder_);
     }
     TemporaryFile(const TemporaryFile&) = delete;
@@ -60,6 +60,11 @@ class TemporaryFile {
     }
 
   private:
+    [[nodiscard]] static std::filesystem::path parent() {
+        std::filesystem::path memory = "/dev/shm";
+        return std::filesystem::is_directory(memory) ? memory : std::filesystem::temp_directory_path();
+    }
+
     std::filesystem::path folder_, path_;
 };
 
