@@ -336,6 +336,62 @@ TEST_CASE("episodes that another run left in a store go on as they would have th
     CHECK_NOTHROW(third.episodes.reopen(third.history, third.segments, topics));
 }
 
+TEST_CASE("a stored episode must make sense even if its checksum holds", "[contract]") {
+    Talk first;
+    const std::vector<std::byte> bytes = first.store.memory.get(1);
+    const SafeTensors file(std::span<const std::byte>{bytes});
+    /// Takes the place of the tensor of its name.
+    const auto refusal = [&](const std::vector<Tensor>& others, bool segments = true) {
+        std::vector<Tensor> tensors = file.tensors();
+        for (Tensor& tensor : tensors)
+            for (const Tensor& other : others)
+                if (tensor.name == other.name) tensor = other;
+        SafeTensors::Metadata metadata = file.metadata();
+        metadata["checksum"] = detail::checksum(metadata, tensors);
+        Talk talk(settings(), false);
+        talk.store.memory.put(0, SafeTensors::serialize(metadata, tensors));
+        if (!segments) talk.segments.clear();
+        const auto words =
+            failure<error::format_error>([&] { talk.episodes.reopen(talk.history, talk.segments, 1); });
+        CHECK(talk.episodes.size() == 0);
+        return words;
+    };
+    const auto tensor = []<class T>(const char* part, const std::vector<T>& numbers) {
+        return Tensor::of<T>(std::string("episode.") + part, {numbers.size()}, numbers);
+    };
+    const std::string inconsistent =
+                          "Episodes::reopen: stored episode 0 is inconsistent, want one that episodes leave "
+                          "behind",
+                      other =
+                          "Episodes::reopen: stored episode 0 is another conversation's, want one of these "
+                          "segments";
+    using Counts = std::vector<std::int64_t>;
+    for (const Counts& count : {Counts{3}, Counts{-1}, Counts{}, Counts{4, 4}}) {
+        CAPTURE(count);
+        CHECK(refusal({tensor("count", count)}) == inconsistent);
+    }
+    for (const Counts& members : {Counts{1, 1, 4, 7}, Counts{4, 1, 7, 10}, Counts{-1, 4, 7, 10}}) {
+        CAPTURE(members);
+        CHECK(refusal({tensor("members", members)}) == inconsistent);
+    }
+    for (const Counts& members : {Counts{1, 4, 7, 12}, Counts{1, 4, 7, -1}}) {
+        CAPTURE(members);
+        CHECK(refusal({tensor("members", members)}) == other);
+    }
+    std::vector<double> centroid = file.tensor("episode.centroid").to_vector<double>();
+    for (const double wrong :
+         {1e300, -1.01, static_cast<double>(quiet_nan()), static_cast<double>(positive_infinity())}) {
+        centroid[2] = wrong;
+        CAPTURE(wrong);
+        CHECK(refusal({tensor("centroid", centroid)}) == inconsistent);
+    }
+    centroid.pop_back();
+    CHECK(refusal({tensor("centroid", centroid)}) == other);
+    centroid.clear();
+    const Counts none;
+    CHECK(refusal({tensor("centroid", centroid), tensor("members", none)}, false) == inconsistent);
+}
+
 TEST_CASE("embeddings without a direction are refused by name before anything changes", "[contract]") {
     Talk talk(settings(), false);
     for (const float bad : {0.0F, quiet_nan(), positive_infinity()}) {

@@ -2,6 +2,7 @@
 /// A long conversation in bounded memory: a cache per topic, one of them in fast memory (EpiCache).
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -134,7 +135,8 @@ class Episodes {
     /// Takes over `count` episodes that the store holds, as another run left them there, with the history and
     /// the segments that they were built from. Segments of later turns are known to the centroids alone.
     /// @throws state_error if there are episodes already; config_error as `build`; format_error for bytes of
-    /// something else; whatever the store throws. There are no episodes then.
+    /// something else or that no episodes leave behind; whatever the store throws. There are no episodes
+    /// then.
     void reopen(std::span<const std::int32_t> history, std::span<const EpisodeSegment> segments,
                 std::size_t count) {
         constexpr std::string_view where = "Episodes::reopen";
@@ -150,12 +152,19 @@ class Episodes {
                 for (const std::int64_t i : file.tensor("episode.members").to_vector<std::int64_t>())
                     episode.members.push_back(static_cast<std::size_t>(i));
                 episode.turns = file.tensor("episode.turns").to_vector<std::int32_t>();
-                detail::check<error::format_error>(
-                    stands_for.size() == 1 && episode.centroid.size() == points_.dim() &&
-                        std::all_of(episode.members.begin(), episode.members.end(),
-                                    [&](std::size_t i) { return i < segments.size(); }),
-                    where, detail::text("stored episode ", e), "another conversation's",
-                    "one of these segments");
+                const auto what = detail::text("stored episode ", e);
+                const auto& members = episode.members;
+                detail::check<error::format_error>(episode.centroid.size() == points_.dim() &&
+                                                       (members.empty() || members.back() < segments.size()),
+                                                   where, what, "another conversation's",
+                                                   "one of these segments");
+                const bool whole =
+                    stands_for.size() == 1 && std::cmp_greater_equal(stands_for[0], members.size()) &&
+                    std::adjacent_find(members.begin(), members.end(), std::greater_equal<>{}) ==
+                        members.end() &&
+                    is_mean(episode.centroid);
+                detail::check<error::format_error>(whole, where, what, "inconsistent",
+                                                   "one that episodes leave behind");
                 episode.count = static_cast<std::size_t>(stands_for[0]);
                 episodes_.push_back(std::move(episode));
             }
@@ -233,6 +242,12 @@ class Episodes {
         std::vector<std::int32_t> turns = {};   // tokens of all turns
     };
 
+    /// Whether a point can be a mean of unit vectors.
+    [[nodiscard]] static bool is_mean(std::span<const double> point) noexcept {
+        return !point.empty() && std::all_of(point.begin(), point.end(), [](double x) {
+            return std::abs(x) < 1.001 && is_finite(static_cast<float>(x));
+        });
+    }
     /// Takes a history and its segments, if there are no episodes.
     void begin(std::string_view where, std::span<const std::int32_t> history,
                std::span<const EpisodeSegment> segments) {
