@@ -391,6 +391,18 @@ TEST_CASE("files of others are refused and left alone") {
     file.put(newer, block);
     REQUIRE_THAT(failure<error::format_error>([&] { (void)open(file); }),
                  contains_text("is of version 2, want 1"));
+    // A record of a kind that there is not, in a file that is whole otherwise.
+    using Header = kvcull::detail::RecordHeader;
+    const auto put_header = [&](std::size_t at, const Header& one) {
+        const auto twice = one.copies();
+        std::memcpy(newer.data() + at, twice.data(), twice.size());
+    };
+    newer.resize(3 * block);
+    put_header(0, {.kind = Header::Kind::file, .page = 1, .payload_bytes = page_bytes});
+    put_header(block, {.kind = static_cast<Header::Kind>(4), .payload_bytes = page_bytes});
+    file.put(newer, newer.size());
+    REQUIRE_THAT(failure<error::format_error>([&] { (void)open(file); }),
+                 contains_text("the header of record 0 in " + file.path + " is damaged"));
     REQUIRE_THAT(failure<error::io_error>([&] { FileStore<>("/nonexistent/x", Frames(1, 64)); }),
                  contains_text("open in /nonexistent/x: No such file or directory"));
 }

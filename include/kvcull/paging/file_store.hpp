@@ -279,7 +279,8 @@ class FileStore {
             Header::Copies copies{};
             file_.read(copies, start(records_), what);
             const auto header = Header::from(copies);
-            if (!header || header->kind == Kind::file) damaged(what, "damaged");
+            if (!header || (header->kind != Kind::free && header->kind != Kind::page))
+                damaged(what, "damaged");
             if (copies != header->copies()) repairs.emplace_back(records_, *header);
             if (header->kind == Kind::free) {
                 free_.push_back(records_);
