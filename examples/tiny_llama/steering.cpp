@@ -71,13 +71,17 @@ kvcull::Steering read_steering(const std::string& path) {
         if (!set) fail(path, "'" + key + "' is " + text(key) + ", want ids: 2+3+4");
         return *std::move(set);
     };
-    return {.vector = file.tensor("vector").to_vector<float>(),
-            .layer = number("layer", std::size_t{}),
-            .delimiters = ids("delimiters"),
-            .markers = ids("markers"),
-            .steer_at = ids("steer_at"),
-            .think_start = number("think_start", std::int32_t{}),
-            .think_end = number("think_end", std::int32_t{})};
+    kvcull::Steering steering{.vector = file.tensor("vector").to_vector<float>(),
+                              .layer = number("layer", std::size_t{}),
+                              .delimiters = ids("delimiters"),
+                              .markers = ids("markers"),
+                              .steer_at = ids("steer_at"),
+                              .think_start = number("think_start", std::int32_t{}),
+                              .think_end = number("think_end", std::int32_t{})};
+    if (steering.delimiters.overlaps(steering.markers))
+        fail(path, "'markers' is " + text("markers") + ", want ids that end no sentence, as " +
+                       text("delimiters") + " do");
+    return steering;
 }
 
 Hook steer(const Llama& model, kvcull::Steering by, std::size_t prompt) {

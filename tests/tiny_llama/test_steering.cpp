@@ -122,6 +122,16 @@ TEST_CASE("a vector comes back from its file with the words of the tiny world", 
     CHECK_THROWS_WITH(read_steering(file.path), contains_text("'layer' is x, want a number"));
     kvcull::SafeTensors::write(file.path, {}, {{kvcull::Tensor::of<float>("vector", {3}, vector)}});
     CHECK_THROWS_WITH(read_steering(file.path), contains_text("'layer' is missing"));
+    kvcull::SafeTensors::write(file.path,
+                               {{"layer", "0"},
+                                {"delimiters", "2+5"},
+                                {"markers", "3+5"},
+                                {"steer_at", "2"},
+                                {"think_start", "4"},
+                                {"think_end", "6"}},
+                               {{kvcull::Tensor::of<float>("vector", {3}, vector)}});
+    CHECK_THROWS_WITH(read_steering(file.path),
+                      contains_text("'markers' is 3+5, want ids that end no sentence, as 2+5 do"));
 }
 
 TEST_CASE("the model is steered at full stops of its thoughts, in one layer, and nowhere else",
