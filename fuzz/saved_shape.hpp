@@ -1,5 +1,5 @@
 #pragma once
-/// The caches of the target `saved` and of its seeds: small, so that a file is.
+/// The caches of the targets `saved` and `episodes` and of their seeds: small, so that a file is.
 
 #include <array>
 #include <cstddef>
@@ -28,15 +28,25 @@ void for_every_saved_policy(const Visit& visit) {
     visit(kvcull::FastCaote<>{});
 }
 
-/// Tokens that are always the same.
+/// A token, always the same.
+inline auto query() {
+    static constexpr std::array<float, 4> q{1, 0.5F, -1, 2};
+    return kvcull::head_major(q.data(), 2, 1, 2);
+}
+inline auto key() {
+    static constexpr std::array<float, 2> k{0.5F, -1};
+    return kvcull::head_major(k.data(), 1, 1, 2);
+}
+inline auto value() {
+    static constexpr std::array<float, 2> v{2, 1};
+    return kvcull::head_major(v.data(), 1, 1, 2);
+}
 template <class Cache>
 void decode(Cache& cache, std::size_t tokens) {
-    constexpr std::array<float, 4> q{1, 0.5F, -1, 2};
-    constexpr std::array<float, 2> k{0.5F, -1}, v{2, 1};
     std::array<float, 4> out{};
     for (std::size_t token = 0; token < tokens; ++token) {
-        cache.append(0, kvcull::head_major(k.data(), 1, 1, 2), kvcull::head_major(v.data(), 1, 1, 2));
-        cache.attend(0, kvcull::head_major(q.data(), 2, 1, 2), kvcull::head_major(out.data(), 2, 1, 2));
+        cache.append(0, key(), value());
+        cache.attend(0, query(), kvcull::head_major(out.data(), 2, 1, 2));
         cache.end_step();
     }
 }

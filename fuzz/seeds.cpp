@@ -10,7 +10,9 @@
 
 #include "kvcull/base/safetensors.hpp"
 #include "kvcull/cache/saved.hpp"
+#include "kvcull/paging/file_store.hpp"
 #include "saved_shape.hpp"
+#include "stored_episodes.hpp"
 
 namespace {
 
@@ -52,6 +54,38 @@ void put_saved() {
     });
 }
 
+void put_episodes() {
+    fuzz::Talk talk;
+    talk.episodes.build(talk.history, talk.segments);
+    put("episodes", "built", text(talk.store.get(0)));
+    for (int turn = 0; turn < 3; ++turn) talk.say(0);
+    talk.episodes.write_back();
+    put("episodes", "talked", text(talk.store.get(0)));
+}
+
+/// Headers and pages of 16 bytes, without what fills their blocks.
+void put_pages() {
+    using Header = detail::RecordHeader;
+    using Kind = Header::Kind;
+    constexpr std::string_view page = "sixteen bytes...";
+    const auto header = [](const Header& one) { return text(one.copies()); };
+    const auto file = [&](std::size_t records) {
+        return header({.kind = Kind::file, .page = records, .payload_bytes = page.size()});
+    };
+    const auto record = [&](page_t number, std::uint64_t generation) {
+        return header({.kind = Kind::page,
+                       .page = number,
+                       .generation = generation,
+                       .payload_bytes = page.size(),
+                       .payload_checksum = detail::crc32c(std::as_bytes(std::span(page)))}) +
+               std::string(page);
+    };
+    put("pages", "none", file(0));
+    put("pages", "three",
+        file(4) + record(1, 1) + record(2, 3) + header({}) + std::string(page) + record(9, 2));
+    put("pages", "twice", file(2) + record(7, 4) + record(7, 5));  // a crash before the older one was free
+}
+
 void put_gates() {
     const std::string layer = "model.layers.0.self_attn.retention_gate.";
     put("gates", "rg",
@@ -77,6 +111,17 @@ void put_traces() {
                  {"tokens", ElementType::i32, {2}}}));
     put("requests", "text", "t# three requests of two pages\n7\n1\n7\n");
     put("requests", "numbers", "n" + file_of({}, {{"in.pages", ElementType::i64, {3}}}));
+}
+
+void put_steering() {
+    put("steering", "vector",
+        file_of({{"layer", "1"},
+                 {"delimiters", "2"},
+                 {"markers", "3+5"},
+                 {"steer_at", "2"},
+                 {"think_start", "4"},
+                 {"think_end", "6"}},
+                {{"vector", ElementType::f32, {4}}}));
 }
 
 void put_golden() {
@@ -132,8 +177,11 @@ int main(int argc, char** argv) {
     put("safetensors", "two",
         file_of({{"a", "b \u00e9"}}, {{"x", ElementType::u8, {3}}, {"y", ElementType::f32, {2, 0}}}));
     put_saved();
+    put_episodes();
+    put_pages();
     put_gates();
     put_traces();
+    put_steering();
     put_golden();
     put_models();
 }
