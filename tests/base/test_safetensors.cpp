@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 
 #include "support/catch.hpp"
 
@@ -131,6 +132,18 @@ TEST_CASE("writing is deterministic, the header is padded to 8 bytes, and write 
         CHECK(kvcull::detail::read_file(path.path) == bytes);
     }
     CHECK(SafeTensors(SafeTensors::serialize({}, {})).tensors().empty());
+}
+
+TEST_CASE("a file is read whole, however it falls into the steps of reading", "[base][property]") {
+    const TemporaryFile path("steps");
+    for (const std::size_t size :
+         {std::size_t{0}, std::size_t{1} << 16U, (std::size_t{1} << 16U) + 1, std::size_t{400'001}}) {
+        Bytes bytes(size);
+        for (std::size_t i = 0; i < size; ++i) bytes[i] = static_cast<std::byte>(i % 251);
+        std::ofstream(path.path, std::ios::binary)
+            .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(size));
+        CHECK(kvcull::detail::read_file(path.path) == bytes);
+    }
 }
 
 TEST_CASE("the writer refuses what no reader would take, and leaves the file alone", "[base][contract]") {

@@ -102,9 +102,10 @@ using File = std::unique_ptr<std::FILE, CloseFile>;
 [[nodiscard]] inline std::vector<std::byte> read_file(const std::string& path) {
     const File file(std::fopen(path.c_str(), "rb"));
     if (file == nullptr) throw error::format_error(path + ": cannot be opened");
-    constexpr std::size_t chunk = std::size_t{1} << 20U;
+    constexpr std::size_t least = std::size_t{1} << 16U, most = std::size_t{1} << 20U;
     std::vector<std::byte> bytes;
     for (std::size_t size = 0;;) {
+        const std::size_t chunk = std::clamp(size, least, most);
         bytes.resize(size + chunk);
         const std::size_t got = std::fread(bytes.data() + size, 1, chunk, file.get());
         size += got;
