@@ -103,7 +103,7 @@ void write_thoughts(World& world, Random& random, std::size_t length, std::size_
     const int topic = random.of(topics);
     for (std::size_t facts = random.between(2, std::max<std::size_t>(3, length / 24)); facts > 0; --facts)
         world.fact(topic);
-    world.add({think});
+    world.add({word::think});
     while (world.tokens.size() < end) {
         const double what = random.uniform();
         if (what < 0.6)
@@ -154,7 +154,7 @@ Case make_thoughts(Random& random) {
     const int topic = random.of(topics);
     for (int facts = 0; facts < 16; ++facts) world.fact(topic);
     Case made{.prompt = world.tokens};
-    world.add({think});
+    world.add({word::think});
     const std::vector<int> loud = random.sample(world.all_names(), 5);
     while (world.tokens.size() < 420) {
         const double what = random.uniform();

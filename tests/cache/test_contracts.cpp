@@ -124,7 +124,7 @@ TEST_CASE("a policy with sequence state decides in all layers at the end of the 
     const std::size_t prompt = 10, budget = 6;
     const std::size_t chunk = GENERATE(std::size_t{3}, 4, 10);
     const bool known = GENERATE(true, false);
-    const Stream stream(two_layers, 40, 1);
+    const TokenStream stream(two_layers, 40, 1);
     const Text text(40);
     Record record;
     KVCache cache(two_layers, SkipLike{.interval = 4, .record = &record}, Budget{.tokens = budget});
@@ -170,7 +170,7 @@ TEST_CASE("a policy with sequence state decides in all layers at the end of the 
 
 TEST_CASE("what a policy needs at the end of the step is asked for by name, before anything changed",
           "[contract]") {
-    const Stream stream(two_layers, 12, 2);
+    const TokenStream stream(two_layers, 12, 2);
     const Text text(12);
     KVCache cache(two_layers, SkipLike{}, Budget{.tokens = 5});
     KVCache twin(two_layers, SkipLike{}, Budget{.tokens = 5});
@@ -202,7 +202,7 @@ TEST_CASE("what a policy needs at the end of the step is asked for by name, befo
 
 TEST_CASE("an engine whose policy decides at the end of the step hands over all its rows there",
           "[contract]") {
-    const Stream stream(two_layers, 30, 2);
+    const TokenStream stream(two_layers, 30, 2);
     const Text text(30);
     Evictor evictor(two_layers, SkipLike{.interval = 3}, Budget{.tokens = 5});
     REQUIRE(evictor.decides_at_end());
@@ -228,7 +228,7 @@ TEST_CASE("an engine whose policy decides at the end of the step hands over all 
 
 TEST_CASE("side values enter with their tokens and follow them through evictions", "[contract]") {
     const std::size_t tokens = 30, budget = 7;
-    const Stream stream(two_layers, tokens, 3);
+    const TokenStream stream(two_layers, tokens, 3);
     std::vector<float> log_beta = random_floats(tokens * 4, 5);  // [layers, kv_heads, tokens]
     for (float& x : log_beta) x = -0.01F - std::abs(x);
     Record record;
@@ -279,7 +279,7 @@ TEST_CASE("side values enter with their tokens and follow them through evictions
 }
 
 TEST_CASE("a missing or misshapen side value is refused before anything changed", "[contract]") {
-    const Stream stream(two_layers, 4, 3);
+    const TokenStream stream(two_layers, 4, 3);
     const std::vector<float> values(64, -0.5F);
     const auto k = stream.k(0, 0, 3), v = stream.v(0, 0, 3);
     SECTION("log_beta") {
@@ -343,7 +343,7 @@ TEST_CASE("a missing or misshapen side value is refused before anything changed"
 TEST_CASE("a look-ahead policy evicts when it is given its query rows, and never before", "[contract]") {
     const std::size_t prompt = 21, small = 5, budget = 9;
     const bool known = GENERATE(true, false);
-    const Stream stream(two_layers, 30, 4);
+    const TokenStream stream(two_layers, 30, 4);
     BlockPool pool({.block_rows = 4});
     KVCache cache(two_layers, LaqLike{}, Budget{.tokens = budget}, pool);
     cache.begin_prompt(known ? std::optional(prompt) : std::nullopt);
@@ -402,7 +402,7 @@ TEST_CASE("a look-ahead policy evicts when it is given its query rows, and never
 
 TEST_CASE("rescore checks its arguments, works on foreign buffers and under hold does nothing",
           "[contract]") {
-    const Stream stream(two_layers, 12, 4);
+    const TokenStream stream(two_layers, 12, 4);
     KVCache cache(two_layers, LaqLike{}, Budget{.tokens = 4});
     Evictor evictor(two_layers, LaqLike{}, Budget{.tokens = 4});
     Foreign rows(two_layers);
@@ -457,7 +457,7 @@ TEST_CASE("a probe scores what is cached, the layer ranks its heads together, an
           "[contract][differential]") {
     const CacheShape shape{.layers = 2, .q_heads = 6, .kv_heads = 3, .head_dim = 16, .value_dim = 5};
     const std::size_t group = 2, tokens = 12, probes = 3, budget = 4;
-    Stream stream(shape, 40, 6);
+    TokenStream stream(shape, 40, 6);
     // In layer 0 every probe row (g, i) of heads 0 and 1 looks at one token of its own, head 2 at all alike.
     for (std::size_t token = 0; token < tokens; ++token)
         for (std::size_t head = 0; head < 3; ++head) {
@@ -593,7 +593,7 @@ TEST_CASE("a probe scores what is cached, the layer ranks its heads together, an
 
 TEST_CASE("a probe of several tiles sees the cached rows like one", "[contract][differential]") {
     const CacheShape shape{.layers = 1, .q_heads = 2, .kv_heads = 1, .head_dim = 4};
-    const Stream stream(shape, 230, 8);
+    const TokenStream stream(shape, 230, 8);
     Record record;
     KVCache cache(shape, EpiLike{.record = &record}, Budget{.tokens = 1000});
     feed(cache, stream, 0, 50);
@@ -623,7 +623,7 @@ TEST_CASE("a model-pooled policy ranks all layers in one list at the end of the 
     const std::size_t tokens = 16, budget = 3;
     const CacheShape shape{.layers = 3, .q_heads = 2, .kv_heads = 2, .head_dim = 4};
     const bool tied = GENERATE(true, false);
-    const Stream stream(shape, tokens, 9);
+    const TokenStream stream(shape, tokens, 9);
     std::vector<float> log_beta = random_floats(6 * tokens, 10);
     for (float& x : log_beta) x = tied ? -0.25F : -0.01F - std::abs(x);
     log_beta[1] = -1e-4F;  // takes a place for good, so that ties between heads are cut apart
@@ -667,7 +667,7 @@ TEST_CASE("head sizes are set by the scores at the prompt's end and remembered w
     const std::size_t prompt = 24, budget = 6;
     const bool known = GENERATE(true, false);
     const std::size_t chunk = GENERATE(std::size_t{24}, 10);
-    Stream stream(shape, 60, 11);
+    TokenStream stream(shape, 60, 11);
     // Queries of head 0 and 1 of differing sharpness make the heads' scores differ.
     for (std::size_t token = 0; token < 60; ++token)
         for (std::size_t layer = 0; layer < 2; ++layer)
@@ -718,7 +718,7 @@ TEST_CASE("head sizes are set by the scores at the prompt's end and remembered w
 
 TEST_CASE("making room within a prompt leaves the division of head sizes alone", "[contract]") {
     const CacheShape shape{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 8};
-    const Stream stream(shape, 40, 12);
+    const TokenStream stream(shape, 40, 12);
     std::vector<std::size_t> asked;
     BlockPool pool;
     KVCache<H2O, AdaLike> cache(shape, H2O{.recent = 0}, Budget{.tokens = 8}, pool, {.asked = &asked});
@@ -762,7 +762,7 @@ struct TableRule : AdaLike {
 
 TEST_CASE("a head within its size may get a smaller one while a fork shares its blocks", "[contract]") {
     const CacheShape shape{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 8};
-    const Stream stream(shape, 30, 13);
+    const TokenStream stream(shape, 30, 13);
     std::vector<std::size_t> sizes{2, 18};
     BlockPool pool({.block_rows = 4});
     KVCache<EndsLike, TableRule> cache(shape, {}, Budget{.tokens = 10}, pool, {{}, &sizes});
@@ -782,7 +782,7 @@ TEST_CASE("a head within its size may get a smaller one while a fork shares its 
 
 TEST_CASE("a rule gives every layer its own size", "[contract]") {
     const CacheShape shape{.layers = 3, .q_heads = 2, .kv_heads = 1, .head_dim = 4};
-    const Stream stream(shape, 30, 14);
+    const TokenStream stream(shape, 30, 14);
     BlockPool pool;
     KVCache<Tova, PyramidLike> cache(shape, Tova{}, Budget{.ratio = 0.5}, pool, {.step = 2});
     REQUIRE(cache.evictor().size(2, 0) == unlimited);
@@ -800,7 +800,7 @@ TEST_CASE("a rule gives every layer its own size", "[contract]") {
 
 TEST_CASE("a policy that selects gets the rows that must stay and is held to its number", "[contract]") {
     const CacheShape shape{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 4};
-    const Stream stream(shape, 30, 15);
+    const TokenStream stream(shape, 30, 15);
     std::vector<std::size_t> counts;
     KVCache cache(shape, GreedyLike{.sinks = 1, .recent = 2, .counts = &counts}, Budget{.tokens = 6});
     cache.pin(5, 6);
@@ -827,7 +827,7 @@ TEST_CASE("a policy that selects gets the rows that must stay and is held to its
 
 TEST_CASE("a policy that selects another number of rows is told so, and nothing is evicted", "[contract]") {
     const CacheShape shape{.layers = 2, .q_heads = 1, .kv_heads = 1, .head_dim = 4};
-    const Stream stream(shape, 30, 16);
+    const TokenStream stream(shape, 30, 16);
     const int miscount = GENERATE(-1, 1);
     KVCache cache(shape, GreedyLike{.miscount = miscount}, Budget{.tokens = 6});
     Outputs out(shape, 8);
@@ -847,7 +847,7 @@ TEST_CASE("a policy that selects another number of rows is told so, and nothing 
 TEST_CASE("a wrapper gets the distributions of its base per query head", "[contract][differential]") {
     const CacheShape shape{.layers = 2, .q_heads = 6, .kv_heads = 2, .head_dim = 8};
     const std::size_t budget = 5, group = 3;
-    const Stream stream(shape, 24, 17);
+    const TokenStream stream(shape, 24, 17);
     KVCache cache(shape, CaoteLike<LastRowLike>{}, Budget{.tokens = budget});
     for (std::size_t first = 0; first < 24;) {
         const std::size_t count = first == 0 ? 9 : 1;
@@ -898,7 +898,7 @@ TEST_CASE("tiles bring every counted row once, in order, with the numbers of a n
     const bool prompt = GENERATE(true, false);
     const bool engine = GENERATE(true, false);  // an engine with attention of its own wants no output
     CAPTURE(count, window, prompt, engine);
-    const Stream stream(shape, before + count, 18);
+    const TokenStream stream(shape, before + count, 18);
     Record record;
     Evictor evictor(shape, ObcLike{.window = window, .record = &record}, Budget{.tokens = 1000});
     Foreign rows(shape);
@@ -964,7 +964,7 @@ TEST_CASE("tiles bring every counted row once, in order, with the numbers of a n
 TEST_CASE("what nobody asked for is not computed, and a call without counted rows is still seen once",
           "[contract]") {
     const CacheShape shape{.layers = 1, .q_heads = 2, .kv_heads = 1, .head_dim = 4};
-    const Stream stream(shape, 20, 19);
+    const TokenStream stream(shape, 20, 19);
     Record record;
     Evictor evictor(shape, ObcLike{.window = 0, .record = &record}, Budget{.tokens = 1000});
     Foreign rows(shape);
@@ -980,7 +980,7 @@ TEST_CASE("what nobody asked for is not computed, and a call without counted row
 
 TEST_CASE("a trigger on the count of tokens fires although no other moment is due", "[contract]") {
     const CacheShape shape{.layers = 2, .q_heads = 1, .kv_heads = 1, .head_dim = 4};
-    const Stream stream(shape, 40, 20);
+    const TokenStream stream(shape, 40, 20);
     const std::size_t interval = GENERATE(std::size_t{1}, 5, 7, 11);
     KVCache cache(shape, EveryLike{.interval = interval}, Budget{.tokens = 3});
     for (std::size_t token = 0; token < 40; ++token) {

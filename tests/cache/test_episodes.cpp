@@ -15,6 +15,7 @@
 
 using namespace kvcull;
 using namespace kvcull::test;
+using namespace kvcull::test::talk;
 
 namespace {
 

@@ -46,32 +46,33 @@ RowsView with_dim(const RowsView& rows, std::size_t dim) {
 /// A call that must be refused, with the message that it must give.
 struct Refused {
     std::string message;
-    std::function<std::string(E&, Foreign&, const Stream&)> call;
+    std::function<std::string(E&, Foreign&, const TokenStream&)> call;
 };
 template <class Error>
-Refused refused(std::string message, std::function<void(E&, Foreign&, const Stream&)> call) {
-    return {std::move(message), [call = std::move(call)](E& evictor, Foreign& rows, const Stream& stream) {
+Refused refused(std::string message, std::function<void(E&, Foreign&, const TokenStream&)> call) {
+    return {std::move(message),
+            [call = std::move(call)](E& evictor, Foreign& rows, const TokenStream& stream) {
                 return failure<Error>([&] { call(evictor, rows, stream); });
             }};
 }
 
 /// Appends the rows of token `seen` of both heads of `layer` to the buffers, at `position`.
-LayerView arrive(E& evictor, Foreign& rows, const Stream& stream, std::size_t layer, position_t position,
+LayerView arrive(E& evictor, Foreign& rows, const TokenStream& stream, std::size_t layer, position_t position,
                  std::size_t count = 1) {
     rows.append(layer, stream.k(layer, evictor.seen(), count), stream.v(layer, evictor.seen(), count),
                 position);
     return rows.layer(layer);
 }
-LayerView arrive(E& evictor, Foreign& rows, const Stream& stream, std::size_t layer) {
+LayerView arrive(E& evictor, Foreign& rows, const TokenStream& stream, std::size_t layer) {
     return arrive(evictor, rows, stream, layer, evictor.next_position());
 }
-HeadsView<const float> q_of(const E& evictor, const Stream& stream, std::size_t layer,
+HeadsView<const float> q_of(const E& evictor, const TokenStream& stream, std::size_t layer,
                             std::size_t count = 1) {
     return stream.q(layer, evictor.seen(), count);
 }
 
 /// Every case on a copy of `evictor` and `rows`; then the copy goes on as if nothing had happened.
-void check_refused(const E& evictor, const Foreign& rows, const Stream& stream,
+void check_refused(const E& evictor, const Foreign& rows, const TokenStream& stream,
                    const std::vector<Refused>& cases, const std::function<void(E&, Foreign&)>& go_on) {
     E twin = evictor;
     Foreign twin_rows = rows;
@@ -94,7 +95,7 @@ void check_refused(const E& evictor, const Foreign& rows, const Stream& stream,
 
 TEST_CASE("between steps, calls with wrong arguments or out of order are refused and change nothing",
           "[contract]") {
-    const Stream stream(small, tokens, 1);
+    const TokenStream stream(small, tokens, 1);
     E evictor(small, H2O{}, Budget{.tokens = 8});
     Foreign rows(small);
     evictor.pin(3, 5);
@@ -104,35 +105,37 @@ TEST_CASE("between steps, calls with wrong arguments or out of order are refused
     const std::vector<Refused> cases{
         refused<shape_error>(
             "Evictor::step: layer is 2, want below 2",
-            [](E& e, Foreign& r, const Stream& s) { e.step(2, arrive(e, r, s, 0), q_of(e, s, 0)); }),
-        refused<shape_error>("Evictor::step: cached[0].k.rows() is 8, want 9",
-                             [](E& e, Foreign& r, const Stream& s) { e.step(0, r.layer(0), q_of(e, s, 0)); }),
+            [](E& e, Foreign& r, const TokenStream& s) { e.step(2, arrive(e, r, s, 0), q_of(e, s, 0)); }),
         refused<shape_error>(
-            "Evictor::step: cached.size() is 1, want 2",
-            [](E& e, Foreign& r, const Stream& s) { e.step(0, arrive(e, r, s, 0).first(1), q_of(e, s, 0)); }),
+            "Evictor::step: cached[0].k.rows() is 8, want 9",
+            [](E& e, Foreign& r, const TokenStream& s) { e.step(0, r.layer(0), q_of(e, s, 0)); }),
+        refused<shape_error>("Evictor::step: cached.size() is 1, want 2",
+                             [](E& e, Foreign& r, const TokenStream& s) {
+                                 e.step(0, arrive(e, r, s, 0).first(1), q_of(e, s, 0));
+                             }),
         refused<shape_error>("Evictor::step: cached[1].v.rows() is 8, want 9",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  arrive(e, r, s, 0);
                                  Wrong wrong(r.view());
                                  wrong.heads[1].v = first_rows(wrong.heads[1].v, 8);
                                  e.step(0, wrong.layer(0), q_of(e, s, 0));
                              }),
         refused<shape_error>("Evictor::step: cached[1].position.size() is 8, want 9",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  arrive(e, r, s, 0);
                                  Wrong wrong(r.view());
                                  wrong.heads[1].position = std::span(r.positions(0, 1)).first(8);
                                  e.step(0, wrong.layer(0), q_of(e, s, 0));
                              }),
         refused<shape_error>("Evictor::step: cached[0].k.dim() is 7, want 8",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  arrive(e, r, s, 0);
                                  Wrong wrong(r.view());
                                  wrong.heads[0].k = with_dim(wrong.heads[0].k, 7);
                                  e.step(0, wrong.layer(0), q_of(e, s, 0));
                              }),
         refused<shape_error>("Evictor::step: cached[0].v.dim() is 8, want 6",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  arrive(e, r, s, 0);
                                  Wrong wrong(r.view());
                                  wrong.heads[0].v = with_dim(wrong.heads[0].v, 8);
@@ -140,29 +143,29 @@ TEST_CASE("between steps, calls with wrong arguments or out of order are refused
                              }),
         refused<shape_error>(
             "Evictor::step: q.heads is 2, want 4",
-            [](E& e, Foreign& r, const Stream& s) { e.step(0, arrive(e, r, s, 0), s.k(0, 12, 1)); }),
+            [](E& e, Foreign& r, const TokenStream& s) { e.step(0, arrive(e, r, s, 0), s.k(0, 12, 1)); }),
         refused<shape_error>("Evictor::step: q.dim is 7, want 8",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  auto q = q_of(e, s, 0);
                                  q.dim = 7;
                                  e.step(0, arrive(e, r, s, 0), q);
                              }),
         refused<shape_error>("Evictor::step: q.data is null, want a pointer",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  auto q = q_of(e, s, 0);
                                  q.data = nullptr;
                                  e.step(0, arrive(e, r, s, 0), q);
                              }),
         refused<shape_error>(
             "Evictor::step: tokens is 0, want at least 1",
-            [](E& e, Foreign& r, const Stream& s) { e.step(0, r.layer(0), q_of(e, s, 0, 0)); }),
+            [](E& e, Foreign& r, const TokenStream& s) { e.step(0, r.layer(0), q_of(e, s, 0, 0)); }),
         refused<shape_error>("Evictor::step: out.tokens is 2, want 1",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  Outputs out(small, 2);
                                  e.step(0, arrive(e, r, s, 0), q_of(e, s, 0), out.layer(0));
                              }),
         refused<shape_error>("Evictor::step: out.dim is 8, want 6",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  Outputs out(small, 1);
                                  auto view = out.layer(0);
                                  view.dim = 8;
@@ -170,14 +173,14 @@ TEST_CASE("between steps, calls with wrong arguments or out of order are refused
                              }),
         refused<shape_error>(
             "Evictor::step: cached[0].position of a new row is 11, want beyond 11",
-            [](E& e, Foreign& r, const Stream& s) { e.step(0, arrive(e, r, s, 0, 11), q_of(e, s, 0)); }),
+            [](E& e, Foreign& r, const TokenStream& s) { e.step(0, arrive(e, r, s, 0, 11), q_of(e, s, 0)); }),
         refused<shape_error>("Evictor::step: cached[0].position of a new row is 15, want beyond 15",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  r.append(0, s.k(0, 12, 2), s.v(0, 12, 2), std::vector<position_t>{15, 15});
                                  e.step(0, r.layer(0), q_of(e, s, 0, 2));
                              }),
         refused<shape_error>("Evictor::step: cached[1].position of a new row is 13, want 12",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  Foreign other = r;
                                  arrive(e, other, s, 0, 13);
                                  arrive(e, r, s, 0, 12);
@@ -186,90 +189,90 @@ TEST_CASE("between steps, calls with wrong arguments or out of order are refused
                                  e.step(0, wrong.layer(0), q_of(e, s, 0));
                              }),
         refused<shape_error>("Evictor::admit: layer is 5, want below 2",
-                             [](E& e, Foreign&, const Stream&) { e.admit(5, 1); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.admit(5, 1); }),
         refused<shape_error>("Evictor::admit: tokens is 0, want at least 1",
-                             [](E& e, Foreign&, const Stream&) { e.admit(0, 0); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.admit(0, 0); }),
         refused<state_error>(
             "Evictor::end_step: layer 0 is not stepped, want every layer once before end_step",
-            [](E& e, Foreign&, const Stream&) { e.end_step(); }),
+            [](E& e, Foreign&, const TokenStream&) { e.end_step(); }),
         refused<state_error>("Evictor::end_prompt: phase is not a prompt, want begin_prompt first",
-                             [](E& e, Foreign& r, const Stream&) { e.end_prompt(r.view()); }),
+                             [](E& e, Foreign& r, const TokenStream&) { e.end_prompt(r.view()); }),
         refused<shape_error>("Evictor::make_room: tokens is 9, want at most the budget 8",
-                             [](E& e, Foreign& r, const Stream&) { e.make_room(r.view(), 9); }),
+                             [](E& e, Foreign& r, const TokenStream&) { e.make_room(r.view(), 9); }),
         refused<shape_error>("Evictor::make_room: cached.kv_heads is 0, want 2",
-                             [](E& e, Foreign&, const Stream&) { e.make_room({}, 1); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.make_room({}, 1); }),
         refused<shape_error>("Evictor::make_room: cached.heads.size() is 2, want 4",
-                             [](E& e, Foreign& r, const Stream&) {
+                             [](E& e, Foreign& r, const TokenStream&) {
                                  e.make_room({r.layer(0), 2}, 1);
                              }),
         refused<shape_error>("Evictor::make_room: cached[0].k.rows() is 7, want 8",
-                             [](E& e, Foreign& r, const Stream&) {
+                             [](E& e, Foreign& r, const TokenStream&) {
                                  Wrong wrong(r.view());
                                  wrong.heads[2].k = first_rows(wrong.heads[2].k, 7);
                                  e.make_room(wrong.view(), 1);
                              }),
         refused<shape_error>("Evictor::truncate: tokens is 13, want at most the 12 seen",
-                             [](E& e, Foreign& r, const Stream&) { e.truncate(r.view(), 13); }),
+                             [](E& e, Foreign& r, const TokenStream&) { e.truncate(r.view(), 13); }),
         refused<shape_error>("Evictor::truncate: cached.kv_heads is 0, want 2",
-                             [](E& e, Foreign&, const Stream&) { e.truncate({}, 1); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.truncate({}, 1); }),
         refused<shape_error>("Evictor::propose: cached.kv_heads is 0, want 2",
-                             [](E& e, Foreign&, const Stream&) { e.propose({}, 1); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.propose({}, 1); }),
         refused<state_error>("Evictor::keep_ascending: tokens seen is 12, want 0",
-                             [](E& e, Foreign&, const Stream&) { e.keep_ascending(); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.keep_ascending(); }),
         refused<shape_error>("Evictor::scores: layer is 2, want below 2",
-                             [](E& e, Foreign& r, const Stream&) {
+                             [](E& e, Foreign& r, const TokenStream&) {
                                  std::vector<float> out(8);
                                  e.scores(2, 0, r.layer(0)[0], out);
                              }),
         refused<shape_error>("Evictor::scores: head is 2, want below 2",
-                             [](E& e, Foreign& r, const Stream&) {
+                             [](E& e, Foreign& r, const TokenStream&) {
                                  std::vector<float> out(8);
                                  e.scores(0, 2, r.layer(0)[0], out);
                              }),
         refused<shape_error>("Evictor::scores: out.size() is 7, want 8",
-                             [](E& e, Foreign& r, const Stream&) {
+                             [](E& e, Foreign& r, const TokenStream&) {
                                  std::vector<float> out(7);
                                  e.scores(0, 0, r.layer(0)[0], out);
                              }),
         refused<shape_error>("Evictor::scores: cached.rows() is 5, want 8",
-                             [](E& e, Foreign& r, const Stream&) {
+                             [](E& e, Foreign& r, const TokenStream&) {
                                  std::vector<float> out(8);
                                  Wrong wrong(r.view());
                                  wrong.heads[0].k = first_rows(wrong.heads[0].k, 5);
                                  e.scores(0, 0, wrong.heads[0], out);
                              }),
         refused<shape_error>("Evictor::pin: end is 4, want beyond begin = 4",
-                             [](E& e, Foreign&, const Stream&) { e.pin(4, 4); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.pin(4, 4); }),
         refused<shape_error>("Evictor::pin: begin is -1, want at least 0",
-                             [](E& e, Foreign&, const Stream&) { e.pin(-1, 4); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.pin(-1, 4); }),
         refused<config_error>("pin: budget is 8, want at least the pinned 9",
-                              [](E& e, Foreign&, const Stream&) { e.pin(20, 27); }),
+                              [](E& e, Foreign&, const TokenStream&) { e.pin(20, 27); }),
         refused<shape_error>("Evictor::probe: layer is 2, want below 2",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  Outputs out(small, 1);
                                  e.probe(2, r.layer(0), s.q(0, 12, 1), s.k(0, 12, 1), s.v(0, 12, 1),
                                          out.layer(0));
                              }),
         refused<shape_error>("Evictor::probe: q.tokens is 0, want at least 1",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  Outputs out(small, 1);
                                  e.probe(0, r.layer(0), s.q(0, 12, 0), s.k(0, 12, 0), s.v(0, 12, 0),
                                          out.layer(0));
                              }),
         refused<shape_error>("Evictor::probe: k.tokens is 2, want 1",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  Outputs out(small, 1);
                                  e.probe(0, r.layer(0), s.q(0, 12, 1), s.k(0, 12, 2), s.v(0, 12, 1),
                                          out.layer(0));
                              }),
         refused<shape_error>("Evictor::probe: v.dim is 8, want 6",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  Outputs out(small, 1);
                                  e.probe(0, r.layer(0), s.q(0, 12, 1), s.k(0, 12, 1), s.k(0, 12, 1),
                                          out.layer(0));
                              }),
         refused<shape_error>("Evictor::probe: out.heads is 0, want 4",
-                             [](E& e, Foreign& r, const Stream& s) {
+                             [](E& e, Foreign& r, const TokenStream& s) {
                                  e.probe(0, r.layer(0), s.q(0, 12, 1), s.k(0, 12, 1), s.v(0, 12, 1), {});
                              }),
     };
@@ -287,14 +290,14 @@ TEST_CASE("between steps, calls with wrong arguments or out of order are refused
 }
 
 TEST_CASE("inside a step, calls out of order are refused and change nothing", "[contract]") {
-    const Stream stream(small, tokens, 2);
+    const TokenStream stream(small, tokens, 2);
     E evictor(small, H2O{}, Budget{.tokens = 8});
     Foreign rows(small);
     for (std::size_t token = 0; token < 12; ++token) feed(evictor, rows, stream, token, 1);
     rows.append(0, stream.k(0, 12, 1), stream.v(0, 12, 1), 12);
     rows.apply(evictor.step(0, rows.layer(0), stream.q(0, 12, 1)));
     using error::shape_error, error::state_error;
-    const auto inside = [](const char* name, std::function<void(E&, Foreign&, const Stream&)> call) {
+    const auto inside = [](const char* name, std::function<void(E&, Foreign&, const TokenStream&)> call) {
         return refused<state_error>(
             std::string("Evictor::") + name + ": call is inside a step, want after end_step",
             std::move(call));
@@ -302,29 +305,30 @@ TEST_CASE("inside a step, calls out of order are refused and change nothing", "[
     const std::vector<Refused> cases{
         refused<state_error>(
             "Evictor::step: layer 0 is already in this step, want end_step first",
-            [](E& e, Foreign& r, const Stream& s) { e.step(0, arrive(e, r, s, 0, 13), s.q(0, 13, 1)); }),
+            [](E& e, Foreign& r, const TokenStream& s) { e.step(0, arrive(e, r, s, 0, 13), s.q(0, 13, 1)); }),
         refused<state_error>("Evictor::admit: layer 0 is already in this step, want end_step first",
-                             [](E& e, Foreign&, const Stream&) { e.admit(0, 1); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.admit(0, 1); }),
         refused<shape_error>("Evictor::admit: tokens is 2, want 1",
-                             [](E& e, Foreign&, const Stream&) { e.admit(1, 2); }),
-        refused<shape_error>(
-            "Evictor::step: tokens is 2, want 1",
-            [](E& e, Foreign& r, const Stream& s) { e.step(1, arrive(e, r, s, 1, 12, 2), s.q(1, 12, 2)); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.admit(1, 2); }),
+        refused<shape_error>("Evictor::step: tokens is 2, want 1",
+                             [](E& e, Foreign& r, const TokenStream& s) {
+                                 e.step(1, arrive(e, r, s, 1, 12, 2), s.q(1, 12, 2));
+                             }),
         refused<shape_error>(
             "Evictor::step: position of the newest row is 13, want 12",
-            [](E& e, Foreign& r, const Stream& s) { e.step(1, arrive(e, r, s, 1, 13), s.q(1, 12, 1)); }),
+            [](E& e, Foreign& r, const TokenStream& s) { e.step(1, arrive(e, r, s, 1, 13), s.q(1, 12, 1)); }),
         refused<state_error>(
             "Evictor::end_step: layer 1 is not stepped, want every layer once before end_step",
-            [](E& e, Foreign&, const Stream&) { e.end_step(); }),
-        inside("begin_prompt", [](E& e, Foreign&, const Stream&) { e.begin_prompt(3); }),
-        inside("end_prompt", [](E& e, Foreign& r, const Stream&) { e.end_prompt(r.view()); }),
-        inside("make_room", [](E& e, Foreign& r, const Stream&) { e.make_room(r.view(), 1); }),
-        inside("truncate", [](E& e, Foreign& r, const Stream&) { e.truncate(r.view(), 1); }),
-        inside("propose", [](E& e, Foreign& r, const Stream&) { e.propose(r.view(), 1); }),
-        inside("hold", [](E& e, Foreign&, const Stream&) { e.hold(true); }),
-        inside("keep_ascending", [](E& e, Foreign&, const Stream&) { e.keep_ascending(); }),
+            [](E& e, Foreign&, const TokenStream&) { e.end_step(); }),
+        inside("begin_prompt", [](E& e, Foreign&, const TokenStream&) { e.begin_prompt(3); }),
+        inside("end_prompt", [](E& e, Foreign& r, const TokenStream&) { e.end_prompt(r.view()); }),
+        inside("make_room", [](E& e, Foreign& r, const TokenStream&) { e.make_room(r.view(), 1); }),
+        inside("truncate", [](E& e, Foreign& r, const TokenStream&) { e.truncate(r.view(), 1); }),
+        inside("propose", [](E& e, Foreign& r, const TokenStream&) { e.propose(r.view(), 1); }),
+        inside("hold", [](E& e, Foreign&, const TokenStream&) { e.hold(true); }),
+        inside("keep_ascending", [](E& e, Foreign&, const TokenStream&) { e.keep_ascending(); }),
         inside("probe",
-               [](E& e, Foreign& r, const Stream& s) {
+               [](E& e, Foreign& r, const TokenStream& s) {
                    Outputs out(small, 1);
                    e.probe(0, r.layer(0), s.q(0, 12, 1), s.k(0, 12, 1), s.v(0, 12, 1), out.layer(0));
                }),
@@ -341,19 +345,19 @@ TEST_CASE("inside a step, calls out of order are refused and change nothing", "[
     evictor.admit(1, 1);
     const std::vector<Refused> admitted{
         refused<state_error>("Evictor::admit: layer 1 is already in this step, want end_step first",
-                             [](E& e, Foreign&, const Stream&) { e.admit(1, 1); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.admit(1, 1); }),
         refused<shape_error>(
             "Evictor::step: q.tokens is 2, want 1",
-            [](E& e, Foreign& r, const Stream& s) { e.step(1, arrive(e, r, s, 1), s.q(1, 12, 2)); }),
+            [](E& e, Foreign& r, const TokenStream& s) { e.step(1, arrive(e, r, s, 1), s.q(1, 12, 2)); }),
         refused<state_error>(
             "Evictor::end_step: layer 1 is not stepped, want every layer once before end_step",
-            [](E& e, Foreign&, const Stream&) { e.end_step(); }),
+            [](E& e, Foreign&, const TokenStream&) { e.end_step(); }),
     };
     check_refused(evictor, rows, stream, admitted, go_on);
 }
 
 TEST_CASE("inside a prompt, its total is held to", "[contract]") {
-    const Stream stream(small, tokens, 3);
+    const TokenStream stream(small, tokens, 3);
     E evictor(small, H2O{}, Budget{.ratio = 0.5});
     Foreign rows(small);
     evictor.begin_prompt(14);
@@ -361,13 +365,14 @@ TEST_CASE("inside a prompt, its total is held to", "[contract]") {
     REQUIRE(evictor.size(1, 1) == 7);
     using error::shape_error, error::state_error;
     const std::vector<Refused> cases{
-        refused<shape_error>(
-            "Evictor::step: tokens is 6, want at most the 5 left of the prompt's total",
-            [](E& e, Foreign& r, const Stream& s) { e.step(0, arrive(e, r, s, 0, 9, 6), s.q(0, 9, 6)); }),
+        refused<shape_error>("Evictor::step: tokens is 6, want at most the 5 left of the prompt's total",
+                             [](E& e, Foreign& r, const TokenStream& s) {
+                                 e.step(0, arrive(e, r, s, 0, 9, 6), s.q(0, 9, 6));
+                             }),
         refused<shape_error>("Evictor::admit: tokens is 6, want at most the 5 left of the prompt's total",
-                             [](E& e, Foreign&, const Stream&) { e.admit(0, 6); }),
+                             [](E& e, Foreign&, const TokenStream&) { e.admit(0, 6); }),
         refused<state_error>("Evictor::end_prompt: tokens seen is 9, want 14",
-                             [](E& e, Foreign& r, const Stream&) { e.end_prompt(r.view()); }),
+                             [](E& e, Foreign& r, const TokenStream&) { e.end_prompt(r.view()); }),
     };
     check_refused(evictor, rows, stream, cases, [&](E& e, Foreign& r) {
         feed(e, r, stream, 9, 5);
@@ -378,7 +383,7 @@ TEST_CASE("inside a prompt, its total is held to", "[contract]") {
 }
 
 TEST_CASE("a ratio wants a prompt, and its total if chunks are evicted", "[contract]") {
-    const Stream stream(small, tokens, 4);
+    const TokenStream stream(small, tokens, 4);
     Foreign rows(small);
     rows.append(0, stream.k(0, 0, 4), stream.v(0, 0, 4), 0);
     Evictor h2o(small, H2O{}, Budget{.ratio = 0.5});
@@ -454,7 +459,7 @@ TEST_CASE("foreign buffers and KVCache keep the same rows in the same slots, wit
         CAPTURE(policy.name, chunk, name_of(dtype));
         CacheShape shape = small;
         shape.dtype = dtype;
-        const Stream stream(shape, tokens, 5);
+        const TokenStream stream(shape, tokens, 5);
         KVCache cache(shape, policy, Budget{.tokens = 8});
         Evictor evictor(shape, policy, Budget{.tokens = 8});
         Foreign rows(shape);
@@ -489,7 +494,7 @@ TEST_CASE("foreign buffers and KVCache keep the same rows in the same slots, wit
 TEST_CASE("an engine without outputs of ours gets the same plans", "[differential]") {
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
-        const Stream stream(small, tokens, 6);
+        const TokenStream stream(small, tokens, 6);
         Evictor with(small, policy, Budget{.tokens = 8}), without(small, policy, Budget{.tokens = 8});
         Foreign a(small), b(small);
         for (std::size_t first = 0; first < 30;) {
@@ -521,7 +526,7 @@ TEST_CASE("a known total and an unknown one keep the same rows", "[property]") {
     const std::size_t chunk = GENERATE(std::size_t{4}, 9, 20);
     for_every_policy([&](auto policy) {
         CAPTURE(policy.name, chunk);
-        const Stream stream(small, tokens, 7);
+        const TokenStream stream(small, tokens, 7);
         Evictor known(small, policy, Budget{.tokens = 9}), unknown(small, policy, Budget{.tokens = 9});
         Foreign a(small), b(small);
         known.begin_prompt(20);
@@ -541,7 +546,7 @@ TEST_CASE("a known total and an unknown one keep the same rows", "[property]") {
         }
         if constexpr (!std::is_same_v<decltype(policy), Full>) REQUIRE(a.positions(0, 0).size() <= 9 + 3);
     });
-    const Stream stream(small, tokens, 8);
+    const TokenStream stream(small, tokens, 8);
     Evictor known(small, SnapKV{.window = 2}, Budget{.ratio = 0.4});
     Evictor unknown(small, SnapKV{.window = 2}, Budget{.ratio = 0.4});
     Foreign a(small), b(small);
@@ -574,7 +579,7 @@ TEST_CASE("with slack, evictions come slack + 1 tokens apart", "[property]") {
     const std::size_t slack = GENERATE(std::size_t{0}, 1, 5);
     const Scope scope = GENERATE(Scope::head, Scope::layer_pooled, Scope::model_pooled);
     CAPTURE(slack, static_cast<int>(scope));
-    const Stream stream(small, tokens, 9);
+    const TokenStream stream(small, tokens, 9);
     const std::array log_beta{-1.0F, -2.0F};
     const auto run = [&](auto policy) {
         Evictor evictor(small, policy, Budget{.tokens = 8, .slack = slack});
@@ -599,7 +604,7 @@ TEST_CASE("with slack, evictions come slack + 1 tokens apart", "[property]") {
 TEST_CASE("sinks and recent rows of the budget stay under any policy", "[property]") {
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
-        const Stream stream(small, tokens, 10);
+        const TokenStream stream(small, tokens, 10);
         Evictor evictor(small, policy, Budget{.tokens = 10, .sinks = 3, .recent = 4});
         Foreign rows(small);
         evictor.begin_prompt(20);
@@ -626,7 +631,7 @@ TEST_CASE("sinks and recent rows of the budget stay under any policy", "[propert
 TEST_CASE("pinned positions stay for good", "[property]") {
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
-        const Stream stream(small, tokens, 11);
+        const TokenStream stream(small, tokens, 11);
         Evictor evictor(small, policy, Budget{.tokens = 9});
         Foreign rows(small);
         evictor.pin(2, 4);
@@ -660,7 +665,7 @@ TEST_CASE("positions may have gaps and go beyond 32 bits", "[property]") {
             if constexpr (std::is_same_v<P, H2O>)
                 if (policy.by_queries) return;  // divides by age
             CAPTURE(policy.name);
-            const Stream stream(small, tokens, 12);
+            const TokenStream stream(small, tokens, 12);
             KVCache gaps(small, policy, Budget{.tokens = 9}), plain(small, policy, Budget{.tokens = 9});
             Evictor evictor(small, policy, Budget{.tokens = 9});
             Foreign rows(small);
@@ -734,7 +739,7 @@ TEST_CASE("make_room keeps what the specification says, before the tokens come",
         using P = decltype(policy);
         CAPTURE(policy.name, coming, held);
         if constexpr (!std::is_same_v<P, SnapKV>) {  // its votes are its own specification's
-            const Stream stream(small, tokens, 13);
+            const TokenStream stream(small, tokens, 13);
             Evictor evictor(small, policy, Budget{.tokens = budget});
             Foreign rows(small);
             feed(evictor, rows, stream, 0, held == 4 ? 4 : 12);
@@ -796,7 +801,7 @@ TEST_CASE("make_room keeps what the specification says, before the tokens come",
 TEST_CASE("under hold nothing is evicted, and what was seen meanwhile counts afterwards", "[contract]") {
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
-        const Stream stream(small, tokens, 14);
+        const TokenStream stream(small, tokens, 14);
         Evictor evictor(small, policy, Budget{.tokens = 8}), free(small, policy, Budget{.tokens = 1000});
         Foreign rows(small), all(small);
         evictor.hold(true);
@@ -826,7 +831,7 @@ TEST_CASE("under hold nothing is evicted, and what was seen meanwhile counts aft
 TEST_CASE("truncate takes back the newest tokens, and the sequence goes on from there", "[contract]") {
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
-        const Stream stream(small, tokens, 15);
+        const TokenStream stream(small, tokens, 15);
         Evictor evictor(small, policy, Budget{.tokens = 12}), twin(small, policy, Budget{.tokens = 12});
         Foreign rows(small), twin_rows(small);
         feed(evictor, rows, stream, 0, 7);
@@ -855,7 +860,7 @@ TEST_CASE("truncate takes back the newest tokens, and the sequence goes on from 
 }
 
 TEST_CASE("taking tokens back is no eviction: an interval goes on counting", "[contract]") {
-    const Stream stream(small, tokens, 16);
+    const TokenStream stream(small, tokens, 16);
     Evictor evictor(small, SnapKV{.window = 2, .decode_interval = 4}, Budget{.tokens = 8});
     Foreign rows(small);
     evictor.begin_prompt();
@@ -871,7 +876,7 @@ TEST_CASE("taking tokens back is no eviction: an interval goes on counting", "[c
 }
 
 TEST_CASE("a second turn's prompt is decided like the first", "[contract]") {
-    const Stream stream(small, 80, 17);
+    const TokenStream stream(small, 80, 17);
     SECTION("at its end") {
         for (const bool known : {true, false}) {
             Evictor evictor(small, SnapKV{.window = 3}, Budget{.tokens = 8});
@@ -917,7 +922,7 @@ TEST_CASE("a second turn's prompt is decided like the first", "[contract]") {
 TEST_CASE("rows stay ascending for an engine that asks for it", "[property]") {
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
-        const Stream stream(small, tokens, 18);
+        const TokenStream stream(small, tokens, 18);
         Evictor fill(small, policy, Budget{.tokens = 8}), ascending(small, policy, Budget{.tokens = 8});
         REQUIRE(fill.compaction(0) == (is_ordered(policy) ? Compaction::ascending : Compaction::fill));
         ascending.keep_ascending();
@@ -943,7 +948,7 @@ TEST_CASE("rows stay ascending for an engine that asks for it", "[property]") {
 TEST_CASE("a proposal changes nothing and is what a decision of that size does", "[property]") {
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
-        const Stream stream(small, tokens, 19);
+        const TokenStream stream(small, tokens, 19);
         Evictor evictor(small, policy, Budget{.tokens = 14});
         Foreign rows(small);
         feed(evictor, rows, stream, 0, 12);
@@ -978,7 +983,7 @@ TEST_CASE("a proposal changes nothing and is what a decision of that size does",
 TEST_CASE("heads on threads give the bits of heads in turn", "[threads][differential]") {
     const CacheShape shape{.layers = 2, .q_heads = 8, .kv_heads = 4, .head_dim = 8};
     const auto run = [&](auto policy) {
-        const Stream stream(shape, tokens, 20);
+        const TokenStream stream(shape, tokens, 20);
         Evictor serial(shape, policy, Budget{.tokens = 9}), parallel(shape, policy, Budget{.tokens = 9});
         parallel.set_executor(threads());
         Foreign a(shape), b(shape);

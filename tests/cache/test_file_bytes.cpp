@@ -16,6 +16,7 @@
 
 using namespace kvcull;
 using namespace kvcull::test;
+using namespace kvcull::test::talk;
 namespace fs = std::filesystem;
 
 namespace {

@@ -261,7 +261,7 @@ void conversation(Start&& start, End&& end, Feed&& call) {
 template <class P>
 Held differ(P policy, Budget budget, AnyRule rule, bool evicts = true) {
     const Rounded rows(90, 5);
-    const Stream stream(shape, 90, 6);  // for its queries
+    const TokenStream stream(shape, 90, 6);  // for its queries
     std::vector<Held> cache_holds;
     {
         KVCache cache(shape, policy, budget, rule);
@@ -381,7 +381,7 @@ TEST_CASE("an engine that drops the same tokens everywhere reduces scores and co
           "[contract]") {
     constexpr std::size_t budget = 16, block = 4, tokens = 70;
     const Rounded rows(tokens, 7);
-    const Stream stream(shape, tokens, 8);
+    const TokenStream stream(shape, tokens, 8);
     Evictor evictor(shape, H2O{.recent = 2}, Budget{.tokens = budget});
     evictor.hold(true);
     evictor.keep_ascending();
@@ -434,7 +434,7 @@ TEST_CASE("an evictor with a rule and a reduction plans what scores, reducer and
                           std::span<const std::size_t> sizes) {
         CAPTURE(how.all_layers, how.equal_counts, how.block_rows, static_cast<int>(how.by));
         const Rounded rows(tokens, 7);
-        const Stream stream(shape, tokens, 8);
+        const TokenStream stream(shape, tokens, 8);
         const Budget limits{.tokens = budget, .slack = 3};
         Evictor whole(shape, policy, limits, rule, how);
         Evictor parts(shape, policy, limits, rule);

@@ -51,7 +51,7 @@ void swap_rows(std::vector<position_t>& told) {
 /// An engine and its evictor, some tokens on.
 template <class P>
 struct Running {
-    Stream stream{small, 40, 1};
+    TokenStream stream{small, 40, 1};
     Evictor<P> evictor;
     Foreign rows{small};
 
@@ -223,7 +223,7 @@ TEST_CASE("policies that decide at the end of the step, and windows, are told th
     }
     CacheShape windowed = small;
     windowed.traits = {{.window = 8}, {.evicts = false}};
-    const Stream stream(windowed, 20, 2);
+    const TokenStream stream(windowed, 20, 2);
     Evictor evictor(windowed, Full{});
     Foreign rows(windowed);
     for (std::size_t token = 0; token < 9; ++token) feed(evictor, rows, stream, token, 1);

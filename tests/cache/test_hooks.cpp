@@ -129,7 +129,8 @@ struct Engine {
 
     Engine(const Hooked& policy, const Budget& budget) : evictor(wide, policy, budget) {}
     template <class Visit>
-    void feed(const Stream& stream, std::size_t first, std::size_t count, bool with_out, const Visit& visit) {
+    void feed(const TokenStream& stream, std::size_t first, std::size_t count, bool with_out,
+              const Visit& visit) {
         Outputs out(wide, count);
         for (std::size_t layer = 0; layer < wide.layers; ++layer) {
             rows.append(layer, stream.k(layer, first, count), stream.v(layer, first, count),
@@ -141,7 +142,7 @@ struct Engine {
         }
         rows.apply(evictor.end_step(rows.view()));
     }
-    void feed(const Stream& stream, std::size_t first, std::size_t count, bool with_out = true) {
+    void feed(const TokenStream& stream, std::size_t first, std::size_t count, bool with_out = true) {
         feed(stream, first, count, with_out, [](std::size_t, const Plan&) {});
     }
 };
@@ -150,7 +151,7 @@ struct Engine {
 
 TEST_CASE("who reads along gets every row of K and then of V once, in order, in each call of one token",
           "[contract]") {
-    const Stream stream(wide, tokens, 1);
+    const TokenStream stream(wide, tokens, 1);
     Log log;
     const auto check = [&](const auto& call) {
         log = {};
@@ -176,7 +177,7 @@ TEST_CASE("who reads along gets every row of K and then of V once, in order, in 
 }
 
 TEST_CASE("nobody reads along without outputs, in longer calls, or who does not want to", "[contract]") {
-    const Stream stream(wide, tokens, 2);
+    const TokenStream stream(wide, tokens, 2);
     const auto readings = [&](Hooked policy, bool with_out, std::size_t count) {
         Log log;
         policy.log = &log;
@@ -195,7 +196,7 @@ TEST_CASE("nobody reads along without outputs, in longer calls, or who does not 
 }
 
 TEST_CASE("`evicts` is true in exactly the calls that end with a plan", "[contract]") {
-    const Stream stream(wide, tokens, 3);
+    const TokenStream stream(wide, tokens, 3);
     for (const Hooked& kind : {Hooked{}, Hooked{.interval = 4}, Hooked{.over = Scope::layer_shared},
                                Hooked{.over = Scope::layer_pooled}})
         for (const std::size_t slack : {0U, 3U}) {
@@ -230,7 +231,7 @@ TEST_CASE("`evicts` is true in exactly the calls that end with a plan", "[contra
 
 TEST_CASE("a policy that ranks the whole model is never told that a call evicts, and is shown nothing",
           "[contract]") {
-    const Stream stream(wide, tokens, 4);
+    const TokenStream stream(wide, tokens, 4);
     Log log;
     Engine engine({.log = &log, .over = Scope::model_pooled}, {.tokens = 20});
     for (std::size_t at = 0; at < 40; ++at) engine.feed(stream, at, 1);
@@ -241,7 +242,7 @@ TEST_CASE("a policy that ranks the whole model is never told that a call evicts,
 
 TEST_CASE("before rows leave their policy is shown which stay, with all of them still in place",
           "[contract]") {
-    const Stream stream(wide, tokens, 5);
+    const TokenStream stream(wide, tokens, 5);
     for (const std::size_t slack : {0U, 3U}) {
         Log log, cache_log;
         Engine engine({&log}, {.tokens = 20, .slack = slack});

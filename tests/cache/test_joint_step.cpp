@@ -42,7 +42,7 @@ void two_threads(std::size_t count, const std::function<void(std::size_t)>& body
 
 /// Tokens of one sequence in a joint step, and what they get out of it, as `feed` gives it.
 struct Share {
-    const Stream* stream = nullptr;
+    const TokenStream* stream = nullptr;
     std::size_t first = 0, count = 0;
     std::vector<float> out = {};
 };
@@ -89,7 +89,7 @@ class Sequence {
     virtual std::vector<float> alone() = 0;
     virtual bool same() = 0;
 
-    std::unique_ptr<Stream> stream;
+    std::unique_ptr<TokenStream> stream;
     std::size_t prompt = 0, chunk = 1, seen = 0;
 
     [[nodiscard]] std::size_t count() const { return seen < prompt ? std::min(chunk, prompt - seen) : 1; }
@@ -132,7 +132,7 @@ std::unique_ptr<Sequence> sequence(P policy, std::size_t prompt, std::size_t chu
                                    BlockPool& other, Rule rule = {}) {
     auto made =
         std::make_unique<SequenceOf<P, Rule>>(std::move(policy), Budget{.tokens = 9}, pool, other, rule);
-    made->stream = std::make_unique<Stream>(shape, prompt + 20, prompt * 100 + chunk);
+    made->stream = std::make_unique<TokenStream>(shape, prompt + 20, prompt * 100 + chunk);
     made->prompt = prompt;
     made->chunk = chunk;
     return made;
@@ -183,7 +183,7 @@ TEST_CASE("a joint step gives every sequence what it gets alone, bit for bit", "
 TEST_CASE("long heads of some sequences run in parts beside others, with the same bits",
           "[threads][property]") {
     const std::size_t rows = 6200;  // two parts
-    const Stream stream(shape, rows + 10, 5);
+    const TokenStream stream(shape, rows + 10, 5);
     const auto check = [&](auto policy) {
         CAPTURE(policy.name);
         Evictor evictor(shape, policy, Budget{.tokens = rows + 50});
@@ -226,7 +226,7 @@ TEST_CASE("long heads of some sequences run in parts beside others, with the sam
 }
 
 TEST_CASE("a full pool refuses a sequence in `add`, and harms neither it nor the others", "[contract]") {
-    const Stream stream(shape, 60, 7);
+    const TokenStream stream(shape, 60, 7);
     BlockPool pool({.block_rows = 4});
     KVCache<Full> grows(shape, {}, {}, pool), twin(shape);
     KVCache bounded(shape, Streaming{.sinks = 1}, Budget{.tokens = 8}, pool);
@@ -264,7 +264,7 @@ TEST_CASE("a full pool refuses a sequence in `add`, and harms neither it nor the
 
 TEST_CASE("what a step may need is what `prepare` takes, and enough however full the pool is then",
           "[property]") {
-    const Stream stream(shape, 80, 8);
+    const TokenStream stream(shape, 80, 8);
     for_every_policy([&](auto policy) {
         CAPTURE(policy.name);
         BlockPool pool({.block_rows = 4});
@@ -297,7 +297,7 @@ TEST_CASE("what a step may need is what `prepare` takes, and enough however full
 }
 
 TEST_CASE("what cannot be a joint step is refused before any cache changes", "[contract]") {
-    const Stream stream(shape, 30, 9);
+    const TokenStream stream(shape, 30, 9);
     KVCache a(shape, H2O{}, Budget{.tokens = 9});
     KVCache b(shape, Tova{}, Budget{.tokens = 9});
     CacheShape wider = shape;
@@ -354,7 +354,7 @@ TEST_CASE("a step that is called off gives its memory back", "[contract]") {
 }
 
 TEST_CASE("what a sequence's own callback throws takes that sequence out alone", "[threads][contract]") {
-    const Stream stream(shape, 30, 10);
+    const TokenStream stream(shape, 30, 10);
     for (const Executor& executor : {Executor{}, Executor{two_threads}}) {
         const auto h2o = [] { return KVCache(shape, H2O{}, Budget{.tokens = 9}); };
         const auto keydiff = [] { return KVCache(shape, KeyDiff{}, Budget{.tokens = 9}); };
@@ -389,7 +389,7 @@ TEST_CASE("what a sequence's own callback throws takes that sequence out alone",
 TEST_CASE("servers on one small pool refuse, wait, preempt and finish, and every answer is right",
           "[threads]") {
     constexpr std::size_t servers = 3, requests = 5;
-    const Stream stream(shape, 60, 11);
+    const TokenStream stream(shape, 60, 11);
     BlockPool pool({.block_rows = 4});
     const std::size_t block = 64 + 64 + 4 * (shape.head_dim + shape.values()) * sizeof(float);
     KVCache system(shape, SnapKV{.window = 3, .kernel = 3}, Budget{.tokens = 12}, pool);
@@ -474,7 +474,7 @@ TEST_CASE("servers on one small pool refuse, wait, preempt and finish, and every
 }
 
 TEST_CASE("several threads may ask a cache with marks for its bytes at once", "[threads]") {
-    const Stream stream(shape, 30, 12);
+    const TokenStream stream(shape, 30, 12);
     KVCache cache(shape, H2O{}, Budget{.tokens = 9});
     test::feed(cache, stream, 0, 12);
     (void)cache.mark();

@@ -110,7 +110,7 @@ Snapshot(KVCache<P, R>&) -> Snapshot<P>;
 /// One call of `count` tokens, and before each layer attends, attention over the same rows in the same slot
 /// order in caches that never evicted, one per KV head. @returns whether all outputs agree bit for bit.
 template <class P>
-bool agrees_with_rebuilt(KVCache<P>& cache, const Stream& stream, std::size_t first, std::size_t count) {
+bool agrees_with_rebuilt(KVCache<P>& cache, const TokenStream& stream, std::size_t first, std::size_t count) {
     const CacheShape& shape = cache.shape();
     const std::size_t group = shape.group(), values = shape.values(), dim = shape.head_dim;
     bool good = true;
@@ -171,7 +171,7 @@ TEST_CASE("attention after evictions has the bits of a cache built from the kept
                            .head_dim = dim,
                            .value_dim = value_dim,
                            .dtype = dtype};
-    const Stream stream(shape, 50, dim + group);
+    const TokenStream stream(shape, 50, dim + group);
     const auto run = [&](auto policy, std::size_t chunk) {
         CAPTURE(policy.name, chunk);
         BlockPool pool({.block_rows = 8});
@@ -198,7 +198,7 @@ TEST_CASE("a policy whose rows may lie in any order moves at most two rows for e
     for_every_policy([](auto policy) {
         if (is_ordered(policy)) return;
         CAPTURE(policy.name);
-        const Stream stream(small, 80, 3);
+        const TokenStream stream(small, 80, 3);
         BlockPool pool({.block_rows = 4});
         KVCache cache(small, policy, Budget{.tokens = 9}, pool);
         std::size_t evicted = 0;
@@ -226,7 +226,7 @@ TEST_CASE("after reserve, no decode step takes anything from the heap, nor more 
         using P = decltype(policy);
         CAPTURE(policy.name, slack, threaded);
         const std::size_t tokens = 70, rows = 20 + slack;
-        const Stream stream(small, tokens, 4);
+        const TokenStream stream(small, tokens, 4);
         BlockPool pool({.block_rows = 4});
         const std::size_t budget = 14;
         KVCache cache(small, policy, Budget{.tokens = budget, .slack = slack}, pool);
@@ -272,7 +272,7 @@ TEST_CASE("after reserve, no decode step takes anything from the heap, nor more 
 TEST_CASE("a sequence state's evictions in all layers at once take nothing from the heap either",
           "[property]") {
     const std::size_t tokens = 60;
-    const Stream stream(small, tokens, 5);
+    const TokenStream stream(small, tokens, 5);
     KVCache cache(small, LateLike{}, Budget{.tokens = 10});
     feed(cache, stream, 0, 3);
     cache.reserve(14);
@@ -294,7 +294,7 @@ TEST_CASE("bytes and their peak are what the pool counts", "[property]") {
     const std::size_t block_rows = GENERATE(std::size_t{1}, 4, 16);
     const bool ordered = GENERATE(true, false);
     CAPTURE(block_rows, ordered);
-    const Stream stream(small, 200, 6);
+    const TokenStream stream(small, 200, 6);
     BlockPool pool({.block_rows = block_rows});
     const std::size_t block = block_bytes(small, block_rows);
     // Policies without state, so that blocks are all there is.
@@ -370,7 +370,7 @@ TEST_CASE("bytes and their peak are what the pool counts", "[property]") {
 }
 
 TEST_CASE("policy state counts too", "[property]") {
-    const Stream stream(small, 20, 7);
+    const TokenStream stream(small, 20, 7);
     BlockPool pool;
     KVCache cache(small, Vatp{.sinks = 1}, Budget{.tokens = 6}, pool);
     feed(cache, stream, 0, 20);
@@ -383,7 +383,7 @@ namespace {
 
 /// What happens to a cache between a mark and a rollback.
 template <class P, class R>
-std::vector<float> wander(KVCache<P, R>& cache, const Stream& stream, std::size_t first) {
+std::vector<float> wander(KVCache<P, R>& cache, const TokenStream& stream, std::size_t first) {
     std::vector<float> outputs;
     const auto step = [&](std::size_t count) {
         const std::vector<float> out = feed(cache, stream, first, count);
@@ -408,7 +408,7 @@ std::vector<float> wander(KVCache<P, R>& cache, const Stream& stream, std::size_
 TEST_CASE("rollback restores rows, positions, statistics and what follows, bit for bit", "[property]") {
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
-        const Stream stream(small, 80, 8);
+        const TokenStream stream(small, 80, 8);
         BlockPool pool({.block_rows = 4});
         KVCache cache(small, policy, Budget{.tokens = 9}, pool);
         cache.pin(4, 5);
@@ -455,7 +455,7 @@ TEST_CASE("rollback restores rows, positions, statistics and what follows, bit f
 }
 
 TEST_CASE("a mark costs no rows until they change, and release frees what only it held", "[property]") {
-    const Stream stream(small, 80, 9);
+    const TokenStream stream(small, 80, 9);
     BlockPool pool({.block_rows = 4});
     KVCache cache(small, Streaming{.sinks = 1}, Budget{.tokens = 16}, pool);
     feed(cache, stream, 0, 16);
@@ -487,7 +487,7 @@ TEST_CASE("forks share the blocks of their prompt, and eviction in one never cha
           "[property]") {
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
-        const Stream stream(small, 100, 10), other(small, 100, 11);
+        const TokenStream stream(small, 100, 10), other(small, 100, 11);
         BlockPool pool({.block_rows = 4});
         KVCache cache(small, policy, Budget{.tokens = 20}, pool);
         KVCache twin(small, policy, Budget{.tokens = 20});  // never forked
@@ -522,7 +522,7 @@ TEST_CASE("forks share the blocks of their prompt, and eviction in one never cha
 }
 
 TEST_CASE("a fork that will not evict asks for no blocks to evict with", "[property]") {
-    const Stream stream(small, 80, 12);
+    const TokenStream stream(small, 80, 12);
     BlockPool pool({.block_rows = 4});
     const std::size_t block = block_bytes(small, 4);
     const auto run = [&](auto policy, Budget budget) {
@@ -547,7 +547,7 @@ TEST_CASE("a fork that will not evict asks for no blocks to evict with", "[prope
 TEST_CASE("a fork of a plan holds what the plan keeps, and a plan for other rows is refused", "[contract]") {
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
-        const Stream stream(small, 60, 13);
+        const TokenStream stream(small, 60, 13);
         BlockPool pool({.block_rows = 4});
         KVCache cache(small, policy, Budget{.tokens = 40}, pool);
         feed(cache, stream, 0, 30);
@@ -589,7 +589,7 @@ TEST_CASE("truncate drops the newest tokens, shared blocks or not", "[contract]"
     const bool shared = GENERATE(true, false);
     for_every_policy([&](auto policy) {
         CAPTURE(policy.name, shared);
-        const Stream stream(small, 60, 14);
+        const TokenStream stream(small, 60, 14);
         BlockPool pool({.block_rows = 4});
         KVCache cache(small, policy, Budget{.tokens = 12}, pool);
         feed(cache, stream, 0, 20);
@@ -617,7 +617,7 @@ TEST_CASE("truncate drops the newest tokens, shared blocks or not", "[contract]"
 }
 
 TEST_CASE("a refused call leaves the cache as it was", "[contract]") {
-    const Stream stream(small, 40, 15);
+    const TokenStream stream(small, 40, 15);
     BlockPool pool({.block_rows = 4});
     KVCache cache(small, H2O{}, Budget{.tokens = 8}, pool);
     KVCache twin(small, H2O{}, Budget{.tokens = 8});
@@ -725,9 +725,9 @@ struct Script {
     std::vector<KVCache<P>> forks;  // so that blocks are shared
     std::vector<float> outputs;
     std::optional<Mark> mark;
-    const Stream& stream;
+    const TokenStream& stream;
 
-    Script(const P& policy, const Stream& numbers)
+    Script(const P& policy, const TokenStream& numbers)
         : cache(small, policy, Budget{.tokens = 9}, pool), stream(numbers) {}
 
     using Call = std::function<void(Script&)>;
@@ -810,7 +810,7 @@ struct Script {
 
 TEST_CASE("when the pool is exhausted, the call throws and nothing has changed, wherever that happens",
           "[contract]") {
-    const Stream stream(small, 70, 16);
+    const TokenStream stream(small, 70, 16);
     const auto run = [&](auto policy) {
         using P = decltype(policy);
         CAPTURE(policy.name);
@@ -860,7 +860,7 @@ TEST_CASE("what the first layer of a step gets is enough for the whole step", "[
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
         const CacheShape shape{.layers = 4, .q_heads = 2, .kv_heads = 2, .head_dim = 8};
-        const Stream stream(shape, 150, 23);
+        const TokenStream stream(shape, 150, 23);
         BlockPool pool({.block_rows = 4});
         KVCache cache(shape, policy, Budget{.tokens = 13}, pool);
         std::vector<KVCache<decltype(policy)>> forks;
@@ -883,7 +883,7 @@ TEST_CASE("what the first layer of a step gets is enough for the whole step", "[
 
 TEST_CASE("the layers of a step may come in any order", "[property]") {
     const CacheShape shape{.layers = 3, .q_heads = 4, .kv_heads = 2, .head_dim = 8};
-    const Stream stream(shape, 120, 22);
+    const TokenStream stream(shape, 120, 22);
     // One call; `order` names each layer twice: to append, then to attend.
     const auto feed_in = [&](auto& cache, std::size_t first, std::size_t count,
                              const std::vector<std::size_t>& order) {
@@ -938,7 +938,7 @@ TEST_CASE("the layers of a step may come in any order", "[property]") {
 }
 
 TEST_CASE("a cache may be moved, with its marks and a pool of its own", "[contract]") {
-    const Stream stream(small, 30, 17);
+    const TokenStream stream(small, 30, 17);
     auto cache = std::make_unique<KVCache<H2O>>(small, H2O{}, Budget{.tokens = 8});
     feed(*cache, stream, 0, 12);
     const Mark mark = cache->mark();
@@ -974,7 +974,7 @@ TEST_CASE("what a cache reserved, no other cache on the pool can take, through s
           "[contract]") {
     for_every_policy([](auto policy) {
         CAPTURE(policy.name);
-        const Stream stream(two_heads, 60, 21);
+        const TokenStream stream(two_heads, 60, 21);
         BlockPool pool({.block_rows = 4});
         KVCache cache(two_heads, policy, Budget{.tokens = 12}, pool);
         feed(cache, stream, 0, 3);

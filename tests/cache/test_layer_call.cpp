@@ -38,7 +38,7 @@ constexpr std::size_t rows = 9000;
 /// One decode step after `rows - 1` tokens, observed or not, against the reference. `first`: the row that the
 /// window begins at.
 void check(const CacheShape& shape, std::size_t first, bool looks) {
-    const Stream stream(shape, rows, 3);
+    const TokenStream stream(shape, rows, 3);
     Record record;
     Evictor evictor(shape, Watch{.record = &record, .looks = looks});
     Foreign held(shape);
@@ -99,7 +99,7 @@ TEST_CASE("a token over a long head in parts is attention over all its rows, and
 TEST_CASE("which heads are cut depends on their rows alone", "[property]") {
     const CacheShape shape{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 4};
     const auto parts = [&](std::size_t n, std::size_t tokens, const Executor& executor, bool output) {
-        const Stream stream(shape, n, 4);
+        const TokenStream stream(shape, n, 4);
         Record record;
         Evictor evictor(shape, Watch{.record = &record, .looks = false});
         if (executor) evictor.set_executor(executor);

@@ -41,7 +41,7 @@ TEST_CASE("resident memory falls when a long prompt is cut and the cache is trim
     const CacheShape shape{.layers = 8, .q_heads = 2, .kv_heads = 2, .head_dim = 1024};
     const std::size_t chunk = 32, prompt = 512;
     const std::size_t prompt_bytes = 16 * prompt * 1024 * 2 * sizeof(float);
-    const Stream stream(shape, chunk + 1, 1);
+    const TokenStream stream(shape, chunk + 1, 1);
     BlockPool pool;
     KVCache cache(shape, SnapKV{.window = 8}, Budget{.tokens = 32}, pool);
     Outputs out(shape, chunk);  // one for all calls: a sanitizer keeps freed memory for a while
@@ -70,7 +70,7 @@ TEST_CASE("resident memory falls when a long prompt is cut and the cache is trim
 TEST_CASE("a prompt that is cut chunk by chunk never needs the whole", "[property]") {
     const CacheShape shape{.layers = 8, .q_heads = 2, .kv_heads = 2, .head_dim = 256};
     const std::size_t chunk = 32, prompt = 512;
-    const Stream stream(shape, chunk, 2);
+    const TokenStream stream(shape, chunk, 2);
     BlockPool pool({.block_rows = 16});
     KVCache cache(shape, KeyDiff{}, Budget{.tokens = 64}, pool);
     cache.begin_prompt(prompt);
@@ -83,7 +83,7 @@ TEST_CASE("a prompt that is cut chunk by chunk never needs the whole", "[propert
 TEST_CASE("resident memory stays flat over ten thousand decode steps", "[property]") {
     if (!resident_bytes()) KVCULL_SKIP("this system does not tell how much memory is resident");
     const CacheShape shape{.layers = 2, .q_heads = 2, .kv_heads = 1, .head_dim = 16};
-    const Stream stream(shape, 64, 3);
+    const TokenStream stream(shape, 64, 3);
     const auto run = [&](auto policy, std::size_t slack) {
         CAPTURE(policy.name);
         BlockPool pool({.block_rows = 16});
@@ -127,7 +127,7 @@ TEST_CASE("resident memory stays flat over ten thousand decode steps", "[propert
 TEST_CASE("caches on one pool run in parallel, forks of one prompt among them", "[threads]") {
     const CacheShape shape{.layers = 2, .q_heads = 4, .kv_heads = 2, .head_dim = 8};
     constexpr std::size_t workers = 4, rounds = 12;
-    const Stream stream(shape, 80, 4);
+    const TokenStream stream(shape, 80, 4);
     const auto run = [&](auto policy) {
         using Cache = KVCache<decltype(policy)>;
         CAPTURE(policy.name);
@@ -192,7 +192,7 @@ TEST_CASE("caches on one pool run in parallel, forks of one prompt among them", 
 TEST_CASE("threads that compete for a full pool get their blocks or a clean refusal", "[threads]") {
     const CacheShape shape{.layers = 1, .q_heads = 2, .kv_heads = 1, .head_dim = 8};
     constexpr std::size_t workers = 4, steps = 60;
-    const Stream stream(shape, steps, 5);
+    const TokenStream stream(shape, steps, 5);
     KVCache reference(shape, Streaming{.sinks = 2}, Budget{.tokens = 14});
     for (std::size_t token = 0; token < steps; ++token) feed(reference, stream, token, 1);
     BlockPool pool({.block_rows = 4});

@@ -49,7 +49,8 @@ std::vector<float> as_stored(HeadsView<const float> rows, DType dtype) {
 
 /// One call of some tokens through both caches. @returns whether outputs and positions agree.
 template <class P>
-bool step(KVCache<P>& narrow, KVCache<P>& wide, const Stream& stream, std::size_t first, std::size_t count) {
+bool step(KVCache<P>& narrow, KVCache<P>& wide, const TokenStream& stream, std::size_t first,
+          std::size_t count) {
     const CacheShape& shape = narrow.shape();
     Outputs a(shape, count), b(shape, count);
     bool good = true;
@@ -82,7 +83,7 @@ TEST_CASE("a cache of int8 or int4 rows keeps and answers what one of floats doe
     const CacheShape shape = shape_of(dtype, group);
     CacheShape floats = shape;
     floats.dtype = DType::f32;
-    const Stream stream(shape, tokens, group);
+    const TokenStream stream(shape, tokens, group);
     const auto check = [&](auto policy) {
         CAPTURE(policy.name, name_of(dtype), group);
         BlockPool pool({.block_rows = 8});
@@ -110,7 +111,7 @@ TEST_CASE("a cache of int8 or int4 rows keeps and answers what one of floats doe
 TEST_CASE("evictions move int8 and int4 rows bit for bit", "[property]") {
     const DType dtype = GENERATE(DType::int8, DType::int4);
     const CacheShape shape = shape_of(dtype, 2);
-    const Stream stream(shape, tokens, 3);
+    const TokenStream stream(shape, tokens, 3);
     const auto check = [&](auto policy) {
         CAPTURE(policy.name, name_of(dtype));
         BlockPool pool({.block_rows = 4});
@@ -156,7 +157,7 @@ TEST_CASE("latent values of int8 and int4 rows are the first channels of their k
     CacheShape apart = shape;
     apart.latent = false;
     apart.dtype = DType::f32;
-    const Stream stream(shape, 20, 5);
+    const TokenStream stream(shape, 20, 5);
     KVCache latent(shape, H2O{}, Budget{.tokens = 8}), wide(apart, H2O{}, Budget{.tokens = 8});
     CHECK(shape.row_bytes() == row_bytes(dtype, 72) + 8);
     for (std::size_t token = 0; token < 20; ++token) {
@@ -177,7 +178,7 @@ TEST_CASE("bytes of int8 and int4 rows are counted as they lie", "[property]") {
     CHECK(shape_of(DType::int4, 1, 128).row_bytes() == 4 * 18 + 4 * 18 + 8);
     // A budget of bytes buys rows at what they take.
     const CacheShape shape = shape_of(DType::int4, 1, 128);
-    const Stream stream(shape, tokens, 2);
+    const TokenStream stream(shape, tokens, 2);
     KVCache cache(shape, H2O{}, Budget{.bytes = shape.heads() * shape.row_bytes() * 9});
     for (std::size_t token = 0; token < tokens; ++token) feed(cache, stream, token, 1);
     for (std::size_t head = 0; head < 2; ++head) CHECK(cache.rows(0, head) == 9);
@@ -185,7 +186,7 @@ TEST_CASE("bytes of int8 and int4 rows are counted as they lie", "[property]") {
 
 TEST_CASE("a saved cache of int8 rows is not one of int4 rows, nor one of another size", "[contract]") {
     const CacheShape shape = shape_of(DType::int8, 1);
-    const Stream stream(shape, 8, 2);
+    const TokenStream stream(shape, 8, 2);
     KVCache cache(shape, H2O{}, Budget{.tokens = 8});
     feed(cache, stream, 0, 8);
     const std::vector<std::byte> bytes = save(cache);

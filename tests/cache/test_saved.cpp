@@ -20,14 +20,15 @@ static_assert(Savable<Full> && Savable<Streaming> && Savable<H2O> && Savable<Key
               Savable<SkipKV<>> && Savable<TrimKV>);
 
 template <class Cache>
-void feed_prompt(Cache& cache, const Stream& stream, std::size_t first, std::size_t end, std::size_t chunk) {
+void feed_prompt(Cache& cache, const TokenStream& stream, std::size_t first, std::size_t end,
+                 std::size_t chunk) {
     cache.begin_prompt();
     in_chunks(end - first, chunk,
               [&](std::size_t at, std::size_t count) { feed(cache, stream, first + at, count); });
     cache.end_prompt();
 }
 template <class Cache>
-std::vector<float> feed_decode(Cache& cache, const Stream& stream, std::size_t first, std::size_t end) {
+std::vector<float> feed_decode(Cache& cache, const TokenStream& stream, std::size_t first, std::size_t end) {
     std::vector<float> all;
     for (std::size_t at = first; at < end; ++at) {
         const std::vector<float> out = feed(cache, stream, at, 1);
@@ -39,7 +40,7 @@ std::vector<float> feed_decode(Cache& cache, const Stream& stream, std::size_t f
 /// A small cache of two ragged heads.
 KVCache<EpiCache> small(BlockPool& pool, std::size_t tokens = 9) {
     const CacheShape one{.layers = 1, .q_heads = 2, .kv_heads = 2, .head_dim = 2};
-    const Stream stream(one, tokens + 2, 3);
+    const TokenStream stream(one, tokens + 2, 3);
     KVCache cache(one, EpiCache{}, Budget{.tokens = 4}, pool);
     feed_prompt(cache, stream, 0, tokens, 4);
     std::vector<float> out(2 * 2 * 2);
@@ -54,7 +55,7 @@ TEST_CASE("a cache that was loaded holds the same and goes on the same, bit for 
     for (const DType dtype : all_dtypes) {
         CacheShape of = shape;
         of.dtype = dtype;
-        const Stream stream(of, 60, 7);
+        const TokenStream stream(of, 60, 7);
         const auto check = [&]<Policy P>(const P& policy) {
             if constexpr (Savable<P>) {
                 BlockPool pool({.block_rows = 5}), other({.block_rows = 8});
@@ -82,7 +83,7 @@ TEST_CASE("windows and latent values come back too", "[property]") {
     CacheShape of{.layers = 3, .q_heads = 4, .kv_heads = 2, .head_dim = 12, .value_dim = 8};
     of.latent = true;
     of.traits = {{.window = 16}, {}, {.evicts = false}};
-    const Stream stream(of, 60, 9);
+    const TokenStream stream(of, 60, 9);
     KVCache cache(of, H2O{}, Budget{.tokens = 10}), loaded(of, H2O{}, Budget{.tokens = 10});
     const auto decode = [&](auto& into, std::size_t first, std::size_t end) {
         std::vector<float> all;
@@ -115,12 +116,12 @@ TEST_CASE("an empty cache and one with empty heads come back too", "[property]")
     BlockPool pool({.block_rows = 3});
     KVCache empty(shape, EpiCache{}, Budget{.tokens = 4}, pool);
     KVCache loaded(shape, EpiCache{}, Budget{.tokens = 4}, pool);
-    feed(loaded, Stream(shape, 3, 1), 0, 3);
+    feed(loaded, TokenStream(shape, 3, 1), 0, 3);
     load(loaded, save(empty));
     CHECK(loaded.seen() == 0);
     CHECK(loaded.rows(1, 1) == 0);
     CHECK(loaded.bytes() == 0);
-    feed(loaded, Stream(shape, 3, 1), 0, 3);
+    feed(loaded, TokenStream(shape, 3, 1), 0, 3);
     loaded.truncate(1);
     CHECK(loaded.rows(1, 1) == 2);
 }
@@ -128,7 +129,7 @@ TEST_CASE("an empty cache and one with empty heads come back too", "[property]")
 TEST_CASE("loading takes no more than the larger cache, gives the rest back and releases marks",
           "[property]") {
     BlockPool pool({.block_rows = 4}), other({.block_rows = 4});
-    const Stream stream(shape, 50, 2);
+    const TokenStream stream(shape, 50, 2);
     KVCache large(shape, Full{}, Budget{}, pool), small_one(shape, Full{}, Budget{}, other);
     feed(large, stream, 0, 40);
     feed(small_one, stream, 0, 9);
@@ -192,7 +193,7 @@ TEST_CASE("bytes of another cache are refused by what differs", "[contract]") {
 TEST_CASE("a policy's state is read back only with the sizes that it has in this cache, and consistent",
           "[contract]") {
     const CacheShape one{.layers = 1, .q_heads = 4, .kv_heads = 2, .head_dim = 6};
-    const Stream stream(one, 30, 4);
+    const TokenStream stream(one, 30, 4);
     KVCache cache(one, SnapKV{.window = 4, .kernel = 3, .decode_interval = 3}, Budget{.tokens = 10});
     feed_prompt(cache, stream, 0, 20, 7);
     const std::vector<std::byte> bytes = save(cache);
@@ -215,7 +216,7 @@ TEST_CASE("a policy's state is read back only with the sizes that it has in this
 TEST_CASE("layers whose policy was shown nothing come back as such", "[property]") {
     CacheShape of = shape;
     of.traits = {{.evicts = false}, {}};
-    const Stream stream(of, 40, 6);
+    const TokenStream stream(of, 40, 6);
     KVCache cache(of, OBCache{.recent = 3}, Budget{.tokens = 10}),
         loaded(of, OBCache{.recent = 3}, Budget{.tokens = 10});
     feed_decode(cache, stream, 0, 20);
@@ -257,7 +258,7 @@ TEST_CASE("what a file says must make sense even if its checksum holds", "[contr
 }
 
 TEST_CASE("a pool without room for it leaves the cache as it was", "[contract]") {
-    const Stream stream(shape, 60, 2);
+    const TokenStream stream(shape, 60, 2);
     BlockPool pool({.block_rows = 4}), tight({.bytes = 20000, .block_rows = 4});
     KVCache large(shape, Full{}, Budget{}, pool), target(shape, Full{}, Budget{}, tight);
     feed(large, stream, 0, 60);
@@ -275,7 +276,7 @@ TEST_CASE("a pool without room for it leaves the cache as it was", "[contract]")
 
 TEST_CASE("a cache is saved between two steps, and the caller's tensors need names of their own",
           "[contract]") {
-    const Stream stream(shape, 4, 2);
+    const TokenStream stream(shape, 4, 2);
     KVCache cache(shape, Full{});
     const std::vector<double> numbers{1, 2};
     const Tensor mine = Tensor::of("mine", {2}, std::span<const double>(numbers)),

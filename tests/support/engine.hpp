@@ -17,8 +17,7 @@
 #include "kvcull/simd/kernels.hpp"
 #include "support/random.hpp"
 
-// Apart from support/foreign.hpp, which has a Stream of its own: both may meet in one program.
-namespace kvcull::test::inline engines {
+namespace kvcull::test {
 
 /// q, k, v of every token of a sequence, `[layers, heads, tokens, dim]`.
 struct Stream {
@@ -281,4 +280,4 @@ void for_each_driver(const CacheShape& shape, const P& policy, const Budget& bud
     }
 }
 
-}  // namespace kvcull::test::inline engines
+}  // namespace kvcull::test

@@ -18,9 +18,9 @@ namespace kvcull::test {
 
 /// q, k and v of a sequence of tokens, [tokens, layers, heads, dim]. A token's numbers do not depend on how
 /// the tokens are cut into calls.
-class Stream {
+class TokenStream {
   public:
-    Stream(const CacheShape& shape, std::size_t tokens, std::uint64_t seed)
+    TokenStream(const CacheShape& shape, std::size_t tokens, std::uint64_t seed)
         : shape_(shape),
           tokens_(tokens),
           q_(random_floats(tokens * shape.layers * shape.q_heads * shape.head_dim, 3 * seed)),
@@ -51,7 +51,7 @@ class Stream {
     [[nodiscard]] HeadsView<const float> part(const std::vector<float>& all, std::size_t heads,
                                               std::size_t dim, std::size_t layer, std::size_t first,
                                               std::size_t count) const {
-        if (first + count > tokens_) throw std::out_of_range("Stream: not that many tokens");
+        if (first + count > tokens_) throw std::out_of_range("TokenStream: not that many tokens");
         const std::size_t stride = shape_.layers * heads * dim;
         return {all.data() + first * stride + layer * heads * dim, heads, count, dim, dim, stride};
     }
@@ -155,7 +155,7 @@ class Foreign {
 
 /// One call of `count` tokens from token `first` of the stream on, through all layers. @returns the outputs.
 template <class P, class R>
-std::vector<float> feed(KVCache<P, R>& cache, const Stream& stream, std::size_t first, std::size_t count,
+std::vector<float> feed(KVCache<P, R>& cache, const TokenStream& stream, std::size_t first, std::size_t count,
                         const StepInputs& end = {}, const AppendInputs& inputs = {}) {
     Outputs out(cache.shape(), count);
     for (std::size_t layer = 0; layer < cache.shape().layers; ++layer) {
@@ -167,7 +167,7 @@ std::vector<float> feed(KVCache<P, R>& cache, const Stream& stream, std::size_t 
 }
 /// The same on an engine's buffers.
 template <class P, class R>
-std::vector<float> feed(Evictor<P, R>& evictor, Foreign& rows, const Stream& stream, std::size_t first,
+std::vector<float> feed(Evictor<P, R>& evictor, Foreign& rows, const TokenStream& stream, std::size_t first,
                         std::size_t count, const StepInputs& end = {}) {
     Outputs out(evictor.shape(), count);
     for (std::size_t layer = 0; layer < evictor.shape().layers; ++layer) {

@@ -12,7 +12,7 @@
 #include "support/random.hpp"
 #include "support/topics.hpp"
 
-namespace kvcull::test {
+namespace kvcull::test::talk {
 
 inline constexpr std::size_t topics = 3, run = 20, budget = 30, block = 25, dim = 6;
 
@@ -67,4 +67,4 @@ struct TalkOver {
     [[nodiscard]] std::vector<std::byte> bytes() const { return save(episodes.cache()); }
 };
 
-}  // namespace kvcull::test
+}  // namespace kvcull::test::talk
