@@ -19,6 +19,7 @@ function(kvcull_check_headers target)
     endforeach()
     file(CONFIGURE OUTPUT ${folder}/main.cpp CONTENT "${all}int main() {}\n")
     add_executable(${target} ${sources})
+    set_target_properties(${target} PROPERTIES UNITY_BUILD OFF)
     target_compile_options(${target} PRIVATE -O0)  # nothing runs: only diagnostics and symbols count
     target_link_libraries(${target} PRIVATE kvcull::kvcull kvcull-warnings Eigen3::Eigen)
 endfunction()
