@@ -65,8 +65,8 @@ bool same(const Record::Tile& a, const Record::Tile& b) {
 
 /// The engine attends by itself: one call through all layers.
 template <class P, class R>
-void step(Evictor<P, R>& evictor, Foreign& rows, const Stream& stream, std::size_t first, std::size_t count,
-          const StepInputs& end = {}) {
+void step(Evictor<P, R>& evictor, Foreign& rows, const TokenStream& stream, std::size_t first,
+          std::size_t count, const StepInputs& end = {}) {
     for (std::size_t layer = 0; layer < evictor.shape().layers; ++layer) {
         rows.append(layer, stream.k(layer, first, count), stream.v(layer, first, count),
                     evictor.next_position());
@@ -92,7 +92,7 @@ struct Pair {
         call(at_once, a);
         call(waits, b);
     }
-    void feed(const Stream& stream, std::size_t count) {
+    void feed(const TokenStream& stream, std::size_t count) {
         const std::vector<std::int32_t> ids(count, at % 5 == 4 ? 2 : 7);  // 2 ends a sentence
         const std::vector<float> hidden = random_floats(count * 3, at);
         both([&](auto& evictor, Foreign& rows) {
@@ -131,7 +131,7 @@ TEST_CASE("a policy cannot tell whether queries waited", "[property]") {
             evictor.set_kernels(simd::kernels_for(isa));
             if (softcap != 0.0F) evictor.set_bias(alibi(std::vector<float>(2 * group, 0.01F)));
         });
-        const Stream stream(shape, 280, 3);
+        const TokenStream stream(shape, 280, 3);
         pair.feed(stream, 20);
         for (int token = 0; token < 230; ++token) pair.feed(stream, 1);
         REQUIRE(pair.waits.live().any_waits());
@@ -158,7 +158,7 @@ TEST_CASE("rows and states of every policy are the same whether queries waited o
         CAPTURE(policy.name, slack, most);
         Pair pair(small, policy, Budget{.tokens = 9, .slack = slack}, most);
         pair.both([&](auto& evictor, Foreign&) { evictor.set_executor(executor); });
-        const Stream stream(small, 90, 8);
+        const TokenStream stream(small, 90, 8);
         const auto decode = [&](std::size_t tokens) {
             for (std::size_t token = 0; token < tokens; ++token) {
                 pair.feed(stream, 1);
@@ -192,7 +192,7 @@ TEST_CASE("rows and states of every policy are the same whether queries waited o
 }
 
 TEST_CASE("waiting queries belong to the sequence: copies and marks take them along", "[property]") {
-    const Stream stream(small, 60, 4);
+    const TokenStream stream(small, 60, 4);
     Pair pair(small, H2O{.recent = 2}, Budget{.tokens = 9, .slack = 7}, 64);
     for (int token = 0; token < 21; ++token) pair.feed(stream, 1);
     REQUIRE(pair.waits.live().any_waits());
@@ -217,7 +217,7 @@ TEST_CASE("waiting queries belong to the sequence: copies and marks take them al
 }
 
 TEST_CASE("queries wait under rules that leave heads of different length", "[differential]") {
-    const Stream stream(small, 70, 12);
+    const TokenStream stream(small, 70, 12);
     Pair pair(small, SnapKV{.window = 4, .kernel = 3, .decode_interval = 3}, Budget{.tokens = 12}, 64,
               AdaKV{});
     pair.both([](auto& evictor, Foreign&) { evictor.begin_prompt(); });
@@ -232,7 +232,7 @@ TEST_CASE("queries wait under rules that leave heads of different length", "[dif
 }
 
 TEST_CASE("with outputs of ours, without need or with side values no query waits", "[contract]") {
-    const Stream stream(small, 40, 4);
+    const TokenStream stream(small, 40, 4);
     const auto waits = [&](auto policy, bool ours) {
         Evictor evictor(small, policy, Budget{.tokens = 9, .slack = 20});
         evictor.buffer_queries();
@@ -257,7 +257,7 @@ TEST_CASE("with outputs of ours, without need or with side values no query waits
 }
 
 TEST_CASE("what waiting queries are still needed for is refused by name", "[contract]") {
-    const Stream stream(small, 40, 4);
+    const TokenStream stream(small, 40, 4);
     Evictor evictor(small, H2O{}, Budget{.tokens = 9, .slack = 20});
     Foreign rows(small);
     evictor.buffer_queries(3);
@@ -281,7 +281,7 @@ TEST_CASE("what waiting queries are still needed for is refused by name", "[cont
 }
 
 TEST_CASE("at most so many queries wait, and waiting allocates nothing", "[property]") {
-    const Stream stream(small, 60, 4);
+    const TokenStream stream(small, 60, 4);
     Evictor evictor(small, H2O{}, Budget{.tokens = 9, .slack = 40});
     Foreign rows(small);
     evictor.buffer_queries(5);
