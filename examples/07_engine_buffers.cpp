@@ -55,6 +55,7 @@ void print(const kvcull::HeadPlan& head, const kvcull::PositionsView& positions)
 
 int main() {
     kvcull::Evictor evictor(shape, kvcull::H2O{.recent = 4}, kvcull::Budget{.tokens = 8, .slack = 16});
+    evictor.buffer_queries();  // an engine attends by itself: the policy's pass over the keys can wait
     Engine engine;
     const std::vector<float> q{1.0F, 0.0F, 0.0F, 0.0F, 1.0F, 0.0F, 0.0F, 0.0F};
 
