@@ -158,7 +158,7 @@ class MassMeter {
 template <class Policy>
 Outcome run(const Trace& trace, Policy policy, const Setting& setting, std::size_t chunk) {
     const kvcull::CacheShape& shape = trace.shape;
-    Player some(trace, setting.rows, std::move(policy), setting.budget, examples::NamedRule(setting.rule));
+    Player some(trace, setting.rows, std::move(policy), setting.budget, examples::named_rule(setting.rule));
     Player full(trace, std::nullopt, kvcull::Full{}, {.tokens = 1});
     MassMeter meter(trace, full.cache());
     Measure error, mass;
@@ -213,7 +213,7 @@ Outcome run(const Trace& trace, Policy policy, const Setting& setting, std::size
 
 void check(const Trace& trace, const Setting& setting) {
     examples::NamedPolicies::with(setting.policy, [&](auto policy) {
-        Player(trace, setting.rows, std::move(policy), setting.budget, examples::NamedRule(setting.rule));
+        Player(trace, setting.rows, std::move(policy), setting.budget, examples::named_rule(setting.rule));
     });
 }
 

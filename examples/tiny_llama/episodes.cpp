@@ -85,7 +85,7 @@ Conversation conversation_of(const Llama& model, const EpisodeMethod& method, co
 
 template <kvcull::Policy P>
 auto make_cache(const Llama& model, const Setting& setting, const P& policy) {
-    return kvcull::KVCache(shape_of(model), policy, setting.budget, examples::NamedRule(setting.rule));
+    return kvcull::KVCache(shape_of(model), policy, setting.budget, examples::named_rule(setting.rule));
 }
 
 /// Asks a case's questions, and knows what each of them attends to where nothing is missing.
@@ -255,7 +255,7 @@ Outcome run_conversation(const Llama& model, const EpisodeMethod& method, const 
     Reader reader{model};
     const auto make = [&] {
         return kvcull::KVCache(shape_of(model), method.policy, setting.budget, pool,
-                               examples::NamedRule(setting.rule));
+                               examples::named_rule(setting.rule));
     };
     kvcull::Episodes episodes(make, reader, store, method.settings());
     episodes.build(talk.history, talk.segments);

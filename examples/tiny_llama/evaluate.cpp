@@ -64,7 +64,7 @@ void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens
         return check_conversation(model, *method, setting, prompt_tokens);
     with_policy(setting.policy, [&](auto policy, const auto& steering) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget,
-                              examples::NamedRule(setting.rule));
+                              examples::named_rule(setting.rule));
         cache.begin_prompt(prompt_tokens);
         if (steering) static_cast<void>(steer(model, *steering, prompt_tokens));
     });
@@ -77,7 +77,7 @@ Outcome run_case(const Llama& model, const Setting& setting, const Case& example
     Outcome outcome;
     with_policy(setting.policy, [&](auto policy, const auto& steering) {
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget, pool,
-                              examples::NamedRule(setting.rule));
+                              examples::named_rule(setting.rule));
         Reader reader{model};
         if (steering) reader.hook = steer(model, *steering, example.prompt.size());
         after_prompt(reader, example.prompt, chunk, std::move(cache), [&](auto& read, std::size_t bytes) {

@@ -23,6 +23,7 @@
 #include "paging/quest.hpp"
 #include "paging/tier.hpp"
 #include "policies.hpp"
+#include "select/any_rule.hpp"
 #include "select/budget.hpp"
 #include "select/cluster.hpp"
 #include "select/executors.hpp"

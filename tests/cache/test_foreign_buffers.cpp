@@ -13,11 +13,11 @@
 #include "kvcull/cache/evictor.hpp"
 #include "kvcull/cache/kv_cache.hpp"
 #include "kvcull/policies.hpp"
+#include "kvcull/select/any_rule.hpp"
 #include "kvcull/select/executors.hpp"
 #include "kvcull/select/head_rules.hpp"
 #include "kvcull/select/layer_rules.hpp"
 #include "kvcull/select/reduce.hpp"
-#include "support/any_rule.hpp"
 #include "support/catch.hpp"
 #include "support/every_policy.hpp"
 #include "support/failure.hpp"
@@ -30,6 +30,8 @@ namespace {
 
 constexpr CacheShape shape{.layers = 2, .q_heads = 4, .kv_heads = 2, .head_dim = 8, .value_dim = 6};
 constexpr float step = 1.0F / 32.0F;
+
+using Rule = AnyRule<Uniform, Pyramid, BySensitivity, AdaKV<>, AdaKV<Pyramid>, HeadTable>;
 
 /// q, k and v of a stream, rounded to what an int8 with a scale of `step` holds: quantised rows lose nothing.
 class Rounded {
@@ -259,7 +261,7 @@ void conversation(Start&& start, End&& end, Feed&& call) {
 
 /// @returns what the cache holds at the end.
 template <class P>
-Held differ(P policy, Budget budget, AnyRule rule, bool evicts = true) {
+Held differ(P policy, Budget budget, Rule rule, bool evicts = true) {
     const Rounded rows(90, 5);
     const TokenStream stream(shape, 90, 6);  // for its queries
     std::vector<Held> cache_holds;
@@ -331,13 +333,13 @@ Held differ(P policy, Budget budget, AnyRule rule, bool evicts = true) {
 }  // namespace
 
 TEST_CASE("engines of every kind of memory hold what a cache holds after every step", "[differential]") {
-    const std::vector<AnyRule> rules{Uniform{},
-                                     Pyramid{.beta = 4},
-                                     BySensitivity{.sensitivity = {1.0F, 3.0F}},
-                                     AdaKV<>{},
-                                     AdaKV<>{.mode = AdaMode::floor_fill, .alpha_permille = 500},
-                                     AdaKV<Pyramid>{.layers = {.beta = 4}},
-                                     HeadTable{.capacity = {3, 9, 0, 12}, .kv_heads = 2}};
+    const std::vector<Rule> rules{Uniform{},
+                                  Pyramid{.beta = 4},
+                                  BySensitivity{.sensitivity = {1.0F, 3.0F}},
+                                  AdaKV<>{},
+                                  AdaKV<>{.mode = AdaMode::floor_fill, .alpha_permille = 500},
+                                  AdaKV<Pyramid>{.layers = {.beta = 4}},
+                                  HeadTable{.capacity = {3, 9, 0, 12}, .kv_heads = 2}};
     const std::size_t slack = GENERATE(std::size_t{0}, 3),
                       which = GENERATE(range(std::size_t{0}, std::size_t{7}));
     CAPTURE(slack, which);

@@ -1,5 +1,5 @@
 #pragma once
-/// A budget rule that is known when the test runs, so that a cache compiles once for all of them.
+/// A budget rule chosen when the program runs: caches then compile once for all that may be chosen.
 
 #include <algorithm>
 #include <concepts>
@@ -8,18 +8,20 @@
 #include <utility>
 #include <variant>
 
-#include "kvcull/select/head_rules.hpp"
-#include "kvcull/select/layer_rules.hpp"
+#include "budget.hpp"
 
-namespace kvcull::test {
+namespace kvcull::inline KVCULL_ABI {
 
+/// One of `Rules`, the first of them to begin with: `AnyRule<Uniform, Pyramid> rule = Pyramid{.beta = 4};`.
+/// What it does is what that rule does; a prompt's length counts if any of `Rules` asks for it.
+template <BudgetRule... Rules>
 class AnyRule {
   public:
-    static constexpr bool reads_prompt = true;  // some do
+    static constexpr bool reads_prompt = (ReadsPrompt<Rules> || ...);
 
     AnyRule() = default;
     template <class R>
-    requires(!std::same_as<R, AnyRule>) AnyRule(R rule) : rule_(std::move(rule)) {}
+    requires(std::same_as<R, Rules> || ...) AnyRule(R rule) : rule_(std::move(rule)) {}
 
     void layer_sizes(std::size_t mean, std::size_t prompt, Protected protect,
                      std::span<std::size_t> out) const {
@@ -36,12 +38,14 @@ class AnyRule {
             },
             rule_);
     }
+    /// Whether the rule at hand does.
     [[nodiscard]] bool divides_heads() const {
         return std::visit([](const auto& rule) { return kvcull::divides_heads(rule); }, rule_);
     }
 
   private:
-    std::variant<Uniform, Pyramid, BySensitivity, AdaKV<>, AdaKV<Pyramid>, HeadTable> rule_;
+    std::variant<Rules...> rule_;
 };
+static_assert(HeadBudgetRule<AnyRule<Uniform>> && !ReadsPrompt<AnyRule<Uniform>>);
 
-}  // namespace kvcull::test
+}  // namespace kvcull::inline KVCULL_ABI
