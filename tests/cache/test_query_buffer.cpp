@@ -30,9 +30,15 @@ struct Witness {
         Record seen;
     };
 
+    bool newest = false;  // wants no more than the newest token
+
     static constexpr auto fields() { return std::tuple{}; }
-    static constexpr Needs needs(Phase /*phase*/) {
-        return {.rows = all_rows, .attention = true, .logits = true, .output = true};
+    [[nodiscard]] Needs needs(Phase /*phase*/) const {
+        return {.rows = newest ? 1 : all_rows,
+                .attention = true,
+                .logits = true,
+                .output = true,
+                .replaced = newest};
     }
     static void observe(State& state, const HeadStep& step) {
         REQUIRE(state.mass.rows() == step.n());
@@ -149,6 +155,25 @@ TEST_CASE("a policy cannot tell whether queries waited", "[property]") {
             REQUIRE(std::count_if(got.begin(), got.end(), [](const auto& t) { return t.step.evicts; }) == 2);
         }
     }
+}
+
+TEST_CASE("where calls replace one another, the newest query is shown alone", "[contract]") {
+    const TokenStream stream(small, 20, 3);
+    Evictor evictor(small, Witness{.newest = true}, Budget{.tokens = 15});
+    Foreign rows(small);
+    evictor.buffer_queries();
+    for (std::size_t token = 0; token < 5; ++token) step(evictor, rows, stream, token, 1);
+    REQUIRE(evictor.state(0, 0).seen.tiles.empty());
+    step(evictor, rows, stream, 5, 3);
+    const auto& tiles = evictor.state(0, 0).seen.tiles;
+    REQUIRE(tiles.size() == 2);
+    REQUIRE(tiles[0].step.added == 5);
+    REQUIRE(tiles[0].step.first == 4);
+    REQUIRE(tiles[0].step.tokens == 1);
+    REQUIRE(tiles[0].step.n() == 5);
+    const float* const query = stream.q(0, 4, 1).row(0, 0);
+    REQUIRE(std::equal(query, query + small.head_dim, tiles[0].q.begin()));
+    REQUIRE(tiles[1].step.added == 3);
 }
 
 TEST_CASE("rows and states of every policy are the same whether queries waited or not", "[differential]") {

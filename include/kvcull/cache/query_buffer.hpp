@@ -94,6 +94,7 @@ void show_waiting(Decision<P, Rule>& decision, Live<P>& live, std::size_t layer,
         step.added = tokens;
         step.evicts = evicts;
         typename P::State& state = live.states[index];
+        resize_state(state, step.n());
         const auto show = [&](const auto& observe) {
             for_each_tile(step, q, h * step.group, {}, {}, needs, scratch, observe);
         };
