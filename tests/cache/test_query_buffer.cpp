@@ -125,32 +125,32 @@ TEST_CASE("a policy cannot tell whether queries waited", "[property]") {
     const std::pair<std::size_t, std::size_t> size =
         GENERATE(std::pair{1, 128}, std::pair{4, 80}, std::pair{7, 1}, std::pair{4, 257});
     const std::size_t group = size.first, dim = size.second;
-    const float softcap = GENERATE(0.0F, 5.0F);
     const DType dtype = GENERATE(DType::f32, DType::f16, DType::int8);
+    const float softcap = dtype == DType::f16 ? 5.0F : 0.0F;
     for (const simd::Isa isa : available_isas()) {
         CAPTURE(group, dim, softcap, name_of(dtype), simd::name_of(isa));
         CacheShape shape{.layers = 1, .q_heads = 2 * group, .kv_heads = 2, .head_dim = dim, .value_dim = 33};
         shape.dtype = dtype;
         shape.softcap = softcap;
-        Pair<Witness> pair(shape, {}, {.tokens = 70, .slack = 90}, 80);
+        Pair<Witness> pair(shape, {}, {.tokens = 20, .slack = 70}, 80);
         pair.both([&](auto& evictor, Foreign&) {
             evictor.set_kernels(simd::kernels_for(isa));
             if (softcap != 0.0F) evictor.set_bias(alibi(std::vector<float>(2 * group, 0.01F)));
         });
-        const TokenStream stream(shape, 280, 3);
+        const TokenStream stream(shape, 180, 3);
         pair.feed(stream, 20);
-        for (int token = 0; token < 230; ++token) pair.feed(stream, 1);
+        for (int token = 0; token < 150; ++token) pair.feed(stream, 1);
         REQUIRE(pair.waits.live().any_waits());
         pair.both([](auto& evictor, Foreign&) { evictor.begin_prompt(); });
         pair.feed(stream, 3);
         pair.both([](auto& evictor, Foreign& rows) { rows.apply(evictor.end_prompt(rows.view())); });
-        for (int token = 0; token < 27; ++token) pair.feed(stream, 1);
+        for (int token = 0; token < 5; ++token) pair.feed(stream, 1);
         pair.waits.catch_up(pair.b.view());
         REQUIRE(pair.same_rows());
         for (std::size_t head = 0; head < 2; ++head) {
             const auto& want = pair.at_once.state(0, head).seen.tiles;
             const auto& got = pair.waits.state(0, head).seen.tiles;
-            REQUIRE(want.size() == 259);
+            REQUIRE(want.size() == 157);
             REQUIRE(std::equal(want.begin(), want.end(), got.begin(), got.end(), same));
             REQUIRE(std::count_if(got.begin(), got.end(), [](const auto& t) { return t.step.evicts; }) == 2);
         }
@@ -178,7 +178,7 @@ TEST_CASE("where calls replace one another, the newest query is shown alone", "[
 
 TEST_CASE("rows and states of every policy are the same whether queries waited or not", "[differential]") {
     const std::size_t slack = GENERATE(std::size_t{0}, 6), most = GENERATE(std::size_t{1}, 4, 64);
-    const Executor executor = GENERATE(false, true) ? threads() : Executor();
+    const Executor executor = most == 4 ? threads() : Executor();
     for_every_policy([&](auto policy) {
         CAPTURE(policy.name, slack, most);
         Pair pair(small, policy, Budget{.tokens = 9, .slack = slack}, most);
