@@ -176,6 +176,26 @@ TEST_CASE("where calls replace one another, the newest query is shown alone", "[
     REQUIRE(tiles[1].step.added == 3);
 }
 
+TEST_CASE("a probe comes after the queries that waited when it came", "[property]") {
+    const TokenStream stream(small, 20, 3);
+    Pair<Witness> pair(small, {}, {.tokens = 15}, 64);
+    for (int token = 0; token < 3; ++token) pair.feed(stream, 1);
+    pair.both([&](auto& evictor, Foreign& rows) {
+        Outputs out(small, 2);
+        evictor.probe(1, rows.layer(1), stream.q(1, 3, 2), stream.k(1, 3, 2), stream.v(1, 3, 2),
+                      out.layer(1));
+    });
+    pair.feed(stream, 1);
+    pair.waits.catch_up(pair.b.view());
+    for (std::size_t head = 0; head < 2; ++head) {
+        const auto& want = pair.at_once.state(1, head).seen.tiles;
+        const auto& got = pair.waits.state(1, head).seen.tiles;
+        REQUIRE(want.size() == 5);
+        REQUIRE(want[3].step.phase == Phase::probe);
+        REQUIRE(std::equal(want.begin(), want.end(), got.begin(), got.end(), same));
+    }
+}
+
 TEST_CASE("rows and states of every policy are the same whether queries waited or not", "[differential]") {
     const std::size_t slack = GENERATE(std::size_t{0}, 6), most = GENERATE(std::size_t{1}, 4, 64);
     const Executor executor = most == 4 ? threads() : Executor();
