@@ -10,8 +10,8 @@
 
 #include "groups.hpp"
 #include "kvcull/cache/kv_cache.hpp"
-#include "kvcull/cache/tiles.hpp"
 #include "policies.hpp"
+#include "support/attend.hpp"
 #include "support/cases.hpp"
 #include "support/rows.hpp"
 
@@ -75,18 +75,6 @@ void prompt(KVCache<P>& cache) {
     cache.end_prompt();
 }
 
-/// What no step can do without: attention of its token over the rows that the cache holds.
-template <class P>
-void attend_plainly(const KVCache<P>& cache, Tokens& token, detail::TileScratch& scratch) {
-    for (std::size_t h = 0; h < shape.kv_heads; ++h)
-        detail::for_each_tile({.group = shape.group(),
-                               .cached = cache.view(0, h),
-                               .scale = shape.logit_scale(),
-                               .kernels = &simd::kernels()},
-                              token.q(), h * shape.group(), {}, token.out(), {}, scratch,
-                              [](const HeadStep&) {});
-}
-
 template <class P>
 void run(benchmark::State& state, const P& policy, std::size_t slack) {
     constexpr bool evicts = !std::is_same_v<P, Full>;
@@ -103,7 +91,8 @@ void run(benchmark::State& state, const P& policy, std::size_t slack) {
         cache.append(0, token.k(), token.v(), token.inputs());
         mine += append.elapsed();
         const Stopwatch attention;
-        attend_plainly(cache, token, scratch);
+        attend_plainly(
+            shape, [&](std::size_t h) { return cache.view(0, h); }, token.q(), token.out(), scratch);
         plain += attention.elapsed();
         const Stopwatch rest;
         cache.attend(0, token.q(), token.out());

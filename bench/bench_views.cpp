@@ -18,6 +18,7 @@
 #include "kvcull/score/removal.hpp"
 #include "kvcull/select/executors.hpp"
 #include "policies.hpp"
+#include "support/attend.hpp"
 #include "support/cases.hpp"
 #include "support/rows.hpp"
 
@@ -114,13 +115,9 @@ class Engine {
     }
     [[nodiscard]] CacheView view() const { return {views_, shape.kv_heads}; }
     void attend(const HeadsView<const float>& q, detail::TileScratch& scratch) {
-        for (std::size_t h = 0; h < shape.kv_heads; ++h)
-            detail::for_each_tile({.group = shape.group(),
-                                   .cached = views_[h],
-                                   .scale = shape.logit_scale(),
-                                   .kernels = &simd::kernels()},
-                                  q, h * shape.group(), {}, token_major(out_.data(), shape.q_heads, 1, dim),
-                                  {}, scratch, [](const HeadStep&) {});
+        attend_plainly(
+            shape, [&](std::size_t h) { return views_[h]; }, q,
+            token_major(out_.data(), shape.q_heads, 1, dim), scratch);
     }
     void apply(const Plan& plan) {
         for (std::size_t i = 0; i < plan.size(); ++i) {
@@ -128,8 +125,7 @@ class Engine {
             std::vector<position_t>& positions = positions_[head.head];
             move_rows(head.moves, rows_.k(head.head), dim * sizeof(float), dim * sizeof(float));
             move_rows(head.moves, rows_.v(head.head), dim * sizeof(float), dim * sizeof(float));
-            move_rows(head.moves, reinterpret_cast<std::byte*>(positions.data()), sizeof(position_t),
-                      sizeof(position_t));
+            move_rows(head.moves, positions.data(), sizeof(position_t), sizeof(position_t));
             positions.resize(head.keep.size());
         }
     }

@@ -555,10 +555,7 @@ class Evictor {
                 const Moment& moment) {
         const std::size_t layer = span.first / shape().kv_heads;
         if (decision_.pauses(live_, layer, moment)) return;
-        if (decision_.due_now(live_, span, moment)) {
-            show_waiting(views, span.first);
-            decision_.choose(live_, span, views, moment.phase, 0, plan_);
-        }
+        if (decision_.due_now(live_, span, moment)) choose(span, views, moment.phase, 0);
         if (moment.prompt_end) live_.decided[layer] = 1;
     }
     /// What the caller says of a step, and what it need not say.
@@ -580,11 +577,15 @@ class Evictor {
     void choose_where_over(CacheView cached, std::size_t coming, Phase phase,
                            std::span<const HeadsView<const float>> queries = {}) {
         decision_.for_each_span([&](auto span) {
-            if (!decision_.over(live_, span, coming)) return;
-            const std::span<const HeadView> views = cached.heads.subspan(span.first, span.count);
-            show_waiting(views, span.first);
-            decision_.choose(live_, span, views, phase, coming, plan_, queries);
+            if (decision_.over(live_, span, coming))
+                choose(span, cached.heads.subspan(span.first, span.count), phase, coming, queries);
         });
+    }
+    /// Adds what a span keeps to the plan, by states that have seen all queries.
+    void choose(typename detail::Decision<P, Rule>::Span span, std::span<const HeadView> views, Phase phase,
+                std::size_t coming, std::span<const HeadsView<const float>> queries = {}) {
+        show_waiting(views, span.first);
+        decision_.choose(live_, span, views, phase, coming, plan_, queries);
     }
 
     detail::Decision<P, Rule> decision_;
