@@ -1,6 +1,7 @@
 // Many sequences in one step: the same numbers as alone, a full pool that harms nobody, threads.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <deque>
@@ -98,8 +99,8 @@ class Sequence {
 template <Policy P, BudgetRule Rule>
 class SequenceOf final : public Sequence {
   public:
-    SequenceOf(P policy, Budget budget, BlockPool& pool, BlockPool& other, Rule rule)
-        : cache_(shape, policy, budget, pool, rule), twin_(shape, policy, budget, other, rule) {}
+    SequenceOf(DType dtype, P policy, Budget budget, BlockPool& pool, BlockPool& other, Rule rule)
+        : cache_(of(dtype), policy, budget, pool, rule), twin_(of(dtype), policy, budget, other, rule) {}
 
     bool add(JointStep& step) override {
         if (seen == 0) cache_.begin_prompt(prompt);
@@ -124,14 +125,20 @@ class SequenceOf final : public Sequence {
     }
 
   private:
+    static CacheShape of(DType dtype) {
+        CacheShape typed = shape;
+        typed.dtype = dtype;
+        return typed;
+    }
+
     KVCache<P, Rule> cache_, twin_;
 };
 
 template <Policy P, BudgetRule Rule = Uniform>
-std::unique_ptr<Sequence> sequence(P policy, std::size_t prompt, std::size_t chunk, BlockPool& pool,
-                                   BlockPool& other, Rule rule = {}) {
-    auto made =
-        std::make_unique<SequenceOf<P, Rule>>(std::move(policy), Budget{.tokens = 9}, pool, other, rule);
+std::unique_ptr<Sequence> sequence(DType dtype, P policy, std::size_t prompt, std::size_t chunk,
+                                   BlockPool& pool, BlockPool& other, Rule rule = {}) {
+    auto made = std::make_unique<SequenceOf<P, Rule>>(dtype, std::move(policy), Budget{.tokens = 9}, pool,
+                                                      other, rule);
     made->stream = std::make_unique<TokenStream>(shape, prompt + 20, prompt * 100 + chunk);
     made->prompt = prompt;
     made->chunk = chunk;
@@ -147,15 +154,19 @@ std::vector<float> bits(const KVCache<Full>& cache) {
 }  // namespace
 
 TEST_CASE("a joint step gives every sequence what it gets alone, bit for bit", "[threads][differential]") {
-    for (const Executor& executor : {Executor{}, Executor{two_threads}, threads()}) {
+    constexpr std::array types{DType::f32, DType::int8, DType::f16, DType::int4};
+    for (std::size_t turn = 0; const Executor& executor : {Executor{}, Executor{two_threads}, threads()}) {
+        ++turn;
         BlockPool pool({.block_rows = 4}), other({.block_rows = 4});
         std::vector<std::unique_ptr<Sequence>> sequences;
         for_every_policy([&](auto policy) {
             const std::size_t number = sequences.size();
-            sequences.push_back(sequence(policy, 5 + 3 * number % 17, 1 + number % 6, pool, other));
+            sequences.push_back(sequence(types[(turn + number) % types.size()], policy, 5 + 3 * number % 17,
+                                         1 + number % 6, pool, other));
         });
-        sequences.push_back(sequence(SnapKV{.window = 3, .kernel = 1}, 18, 18, pool, other, AdaKV<>{}));
-        sequences.push_back(sequence(H2O{}, 14, 5, pool, other, Pyramid{.beta = 3}));
+        sequences.push_back(
+            sequence(DType::f32, SnapKV{.window = 3, .kernel = 1}, 18, 18, pool, other, AdaKV<>{}));
+        sequences.push_back(sequence(DType::bf16, H2O{}, 14, 5, pool, other, Pyramid{.beta = 3}));
         JointStep step(executor);
         for (std::size_t round = 0; round < 20; ++round) {
             CAPTURE(round);

@@ -485,12 +485,14 @@ TEST_CASE("a mark costs no rows until they change, and release frees what only i
 
 TEST_CASE("forks share the blocks of their prompt, and eviction in one never changes the other",
           "[property]") {
-    for_every_policy([](auto policy) {
+    CacheShape typed = small;
+    typed.dtype = GENERATE(DType::f32, DType::int8);
+    for_every_policy([&](auto policy) {
         CAPTURE(policy.name);
         const TokenStream stream(small, 100, 10), other(small, 100, 11);
         BlockPool pool({.block_rows = 4});
-        KVCache cache(small, policy, Budget{.tokens = 20}, pool);
-        KVCache twin(small, policy, Budget{.tokens = 20});  // never forked
+        KVCache cache(typed, policy, Budget{.tokens = 20}, pool);
+        KVCache twin(typed, policy, Budget{.tokens = 20});  // never forked
         for (KVCache<decltype(policy)>* one : {&cache, &twin}) {
             one->begin_prompt(50);
             feed(*one, stream, 0, 50);
