@@ -514,8 +514,9 @@ TEST_CASE("an engine without outputs of ours gets the same plans", "[differentia
                 without.scores(i / 2, i % 2, b.layer(i / 2)[i % 2], others);
                 REQUIRE(same_bits(scores, others));
             }
-            // Who reads along with our attention may have noted what others compute when they need it.
-            if constexpr (!ReadsKeys<decltype(policy)> && !ReadsValues<decltype(policy)>)
+            // Who takes part in our attention may have noted what others compute when they need it.
+            constexpr bool reads_along = ReadsKeys<decltype(policy)> || ReadsValues<decltype(policy)>;
+            if (!reads_along && !policy.needs(Phase::decode).attention_if_made)
                 REQUIRE(same_live(with.live(), without.live()));
             first += count;
         }

@@ -199,13 +199,13 @@ TEST_CASE("a policy's state is read back only with the sizes that it has in this
     const std::vector<std::byte> bytes = save(cache);
     KVCache wider(one, SnapKV{.window = 5, .kernel = 3, .decode_interval = 3}, Budget{.tokens = 10});
     CHECK(failure<error::format_error>([&] { load(wider, bytes); }) ==
-          "load: size of 'layer.0.head.0.state.0' is 48, want 60");  // window * group * head_dim
+          "load: size of 'layer.0.head.0.state.1' is 48, want 60");  // window * group * head_dim
 
     const SafeTensors file(std::span<const std::byte>{bytes});
     const std::uint64_t beyond = 4;  // slots are 0 to 3
     std::vector<Tensor> tensors = file.tensors();
     for (Tensor& tensor : tensors)
-        if (tensor.name == "layer.0.head.1.state.2") tensor.bytes = std::as_bytes(std::span(&beyond, 1));
+        if (tensor.name == "layer.0.head.1.state.3") tensor.bytes = std::as_bytes(std::span(&beyond, 1));
     SafeTensors::Metadata metadata = file.metadata();
     metadata["checksum"] = detail::checksum(metadata, tensors);
     const auto forged = SafeTensors::serialize(metadata, tensors);

@@ -76,12 +76,15 @@ TEST_CASE("tiles cover the counted tokens once, with what was asked for and no m
     const std::size_t count = GENERATE(std::size_t{1}, 63, 64, 65, 200);
     const std::size_t rows = GENERATE(std::size_t{0}, 1, 64, 137, all_rows);
     const bool with_output = GENERATE(true, false), causal = GENERATE(true, false);
-    const unsigned wanted = GENERATE(0U, 1U, 2U, 4U, 7U);
+    const unsigned wanted = GENERATE(0U, 1U, 2U, 4U, 7U, 8U, 10U);
     Case one(group, count + 11, count, 5, 3);
     const Needs needs{.rows = rows,
                       .attention = (wanted & 1U) != 0,
                       .logits = (wanted & 2U) != 0,
-                      .output = (wanted & 4U) != 0};
+                      .output = (wanted & 4U) != 0,
+                      .attention_if_made = (wanted & 8U) != 0};
+    const bool attention = needs.attention || (needs.attention_if_made && with_output),
+               any = attention || needs.logits || needs.output;
     const ReferenceAttention naive = one.naive(causal);
     detail::TileScratch scratch;
     Record record;
@@ -100,11 +103,11 @@ TEST_CASE("tiles cover the counted tokens once, with what was asked for and no m
         good = good && step.last_tile == (next == count);
         const std::size_t tile_rows = group * step.tokens;
         good = good && tile.q.size() == tile_rows * one.dim && tile.visible.size() == tile_rows;
-        good = good && tile.attention.size() == (needs.attention ? tile_rows * n : 0);
+        good = good && tile.attention.size() == (attention ? tile_rows * n : 0);
         good = good && tile.logits.size() == (needs.logits ? tile_rows * n : 0);
-        const bool output = needs.output || (with_output && wanted != 0);  // what is made anyway
+        const bool output = needs.output || (with_output && any);  // what is made anyway
         good = good && tile.output.size() == (output ? tile_rows * one.value_dim : 0);
-        good = good && tile.lse.size() == (wanted != 0 ? tile_rows : 0);
+        good = good && tile.lse.size() == (any ? tile_rows : 0);
         for (std::size_t r = 0; good && r < tile_rows; ++r) {
             const std::size_t row = r / step.tokens * count + step.first + r % step.tokens;
             const auto same = [&](const std::vector<float>& got, const std::vector<double>& all,

@@ -9,6 +9,7 @@
 #include "kvcull/policies/h2o.hpp"
 #include "support/catch.hpp"
 #include "support/conformance.hpp"
+#include "support/live.hpp"
 
 using namespace kvcull;
 using namespace kvcull::test;
@@ -65,6 +66,25 @@ bool near(std::span<const float> got, std::span<const double> want) {
     return true;
 }
 
+/// A call of an engine that attends by itself: no attention is made.
+template <class Cache>
+void feed_silently(Cache& engine, const Stream& stream, std::size_t first, std::size_t count) {
+    for (std::size_t layer = 0; layer < stream.shape.layers; ++layer) {
+        engine.append(layer, stream.keys(layer, first, count), stream.values(layer, first, count));
+        engine.attend(layer, stream.queries(layer, first, count), {});
+    }
+    engine.end_step();
+}
+/// Query tokens before the newest whose logits are computed in a call: those that are asked again.
+struct AskedAgain {
+    std::size_t count = 0;
+    position_t newest = 0;
+
+    [[nodiscard]] Bias bias() {
+        return [this](const BiasRow& row) { count += row.query < newest ? 1 : 0; };
+    }
+};
+
 }  // namespace
 
 TEST_CASE("SnapKV in every variant keeps the contract of a policy", "[property]") {
@@ -89,6 +109,10 @@ TEST_CASE("SnapKV in every variant keeps the contract of a policy", "[property]"
     }
     SECTION("again every 9 decoded tokens") {
         policy_conformance(SnapKV{.window = 4, .kernel = 3, .decode_interval = 9},
+                           {.while_decoding = false, .chunks_do_not_matter = true});
+    }
+    SECTION("again after every window") {
+        policy_conformance(SnapKV{.window = 4, .kernel = 3, .gqa = Group::max, .decode_interval = 4},
                            {.while_decoding = false, .chunks_do_not_matter = true});
     }
 }
@@ -406,4 +430,191 @@ TEST_CASE("room is made by the votes of the newest tokens, without an interval t
     for (std::size_t j = n - (policy.window - c); j < n; ++j) order.push_back(static_cast<position_t>(j));
     std::sort(order.begin(), order.end());
     CHECK((cache.positions(0, 0) == order));
+}
+
+TEST_CASE("votes heard in their own steps are those that are computed anew, bit for bit", "[differential]") {
+    const std::size_t group = GENERATE(std::size_t{1}, 4, 7);
+    const CacheShape shape{.layers = 2, .q_heads = 2 * group, .kv_heads = 2, .head_dim = 20, .value_dim = 3};
+    Stream stream = random_stream(shape, 260, 21 + group);
+    stream.q[(3 * 260 + 83) * 20] = quiet_nan();
+    for (const Group reduce : {Group::mean, Group::max, Group::sum})
+        for (const std::size_t interval : {6U, 7U, 15U})
+            for (const simd::Isa isa : simd::all_isas) {
+                if (!simd::available(isa)) continue;
+                CAPTURE(group, name_of(isa), interval);
+                const SnapKV policy{.window = 6, .kernel = 3, .gqa = reduce, .decode_interval = interval};
+                KVCache hears(shape, policy, Budget{.tokens = 20});
+                Engine<SnapKV> asks(shape, policy, Budget{.tokens = 20}),
+                    hears_some(shape, policy, Budget{.tokens = 20});
+                hears.set_kernels(simd::kernels_for(isa));
+                asks.set_kernels(simd::kernels_for(isa));
+                hears_some.set_kernels(simd::kernels_for(isa));
+                std::size_t at = 0;
+                const auto decode = [&](std::size_t calls, std::size_t count) {
+                    for (; calls > 0; --calls, at += count) {
+                        feed(hears, stream, at, count);
+                        feed_silently(asks, stream, at, count);
+                        if (at % 20 == 3)
+                            feed_silently(hears_some, stream, at, count);
+                        else
+                            feed(hears_some, stream, at, count);
+                        REQUIRE((all_positions(hears) == all_positions(asks)));
+                        REQUIRE((all_positions(hears_some) == all_positions(asks)));
+                        for (std::size_t i = 0; i < shape.heads(); ++i) {
+                            const std::vector<float> want = asks.scores(i / 2, i % 2);
+                            REQUIRE(same_bits(hears.scores(i / 2, i % 2), want));
+                            REQUIRE(same_bits(hears_some.scores(i / 2, i % 2), want));
+                        }
+                    }
+                };
+                const auto all = [&](const auto& call) {
+                    call(hears);
+                    call(asks);
+                    call(hears_some);
+                };
+                const auto prompt = [&](std::size_t calls, std::size_t count) {
+                    all([](auto& cache) { cache.begin_prompt(); });
+                    decode(calls, count);
+                    all([](auto& cache) { cache.end_prompt(); });
+                };
+                decode(4, 1);
+                prompt(3, 9);
+                decode(40, 1);
+                decode(9, 2);
+                decode(3, 8);
+                decode(11, 1);
+                all([](auto& cache) { cache.truncate(1); });
+                --at;
+                decode(2 * interval, 1);
+                all([](auto& cache) { cache.make_room(3); });
+                decode(4, 1);
+                all([](auto& cache) { cache.truncate(2); });
+                at -= 2;
+                decode(1, 3);
+                all([](auto& cache) { cache.hold(true); });
+                decode(interval + 2, 1);
+                all([](auto& cache) { cache.hold(false); });
+                prompt(1, 2);
+                decode(2 * interval, 1);
+                all([](auto& cache) { cache.hold(true); });
+                decode(interval - 3, 1);
+                prompt(1, 2);
+                decode(6, 1);
+                REQUIRE(at < stream.tokens);
+            }
+}
+
+TEST_CASE("nobody is asked again whose whole window was heard", "[property]") {
+    const Stream stream = random_stream(small, 140, 22);
+    const SnapKV policy{.window = 6, .kernel = 3, .decode_interval = 10};
+    AskedAgain heard, silent;
+    KVCache cache(small, policy, Budget{.tokens = 20});
+    Engine<SnapKV> engine(small, policy, Budget{.tokens = 20});
+    feed_prompt(cache, stream, 0, 30, 30);
+    feed_prompt(engine, stream, 0, 30, 30);
+    cache.set_bias(heard.bias());
+    engine.set_bias(silent.bias());
+    const std::size_t votes = 5 * small.q_heads;  // of all but the newest token
+    std::size_t at = 30;
+    const auto decode = [&](std::size_t calls, std::size_t count) {
+        heard.count = silent.count = 0;
+        for (; calls > 0; --calls, at += count) {
+            heard.newest = silent.newest = stream.position(at + count - 1);
+            feed(cache, stream, at, count);
+            feed_silently(engine, stream, at, count);
+        }
+        REQUIRE((all_positions(cache) == all_positions(engine)));
+    };
+    decode(30, 1);
+    CHECK(heard.count == 0);
+    CHECK(silent.count == 3 * votes);
+    decode(4, 1);
+    cache.truncate(1);
+    engine.truncate(1);
+    --at;
+    decode(7, 1);
+    CHECK(heard.count == votes);  // rows left within the interval
+    decode(10, 1);
+    CHECK(heard.count == 0);
+    decode(2, 1);
+    heard.count = 0;
+    KVCache fork = cache.fork();
+    decode(8, 1);
+    CHECK(heard.count == 0);
+    for (at -= 8; fork.seen() < cache.seen(); ++at) {
+        heard.newest = stream.position(at);
+        feed(fork, stream, at, 1);
+    }
+    CHECK(heard.count == 0);
+    CHECK((all_positions(fork) == all_positions(cache)));
+}
+
+TEST_CASE("a call of several decoded tokens is heard too", "[property]") {
+    const Stream stream = random_stream(small, 190, 23);
+    AskedAgain heard;
+    KVCache cache(small, SnapKV{.window = 6, .kernel = 3, .decode_interval = 10}, Budget{.tokens = 20});
+    feed_prompt(cache, stream, 0, 30, 30);
+    cache.set_bias(heard.bias());
+    for (const std::size_t count : {1U, 2U, 5U, 10U, 3U})
+        for (std::size_t calls = 30 / count, at = 30; calls > 0; --calls, at += count) {
+            heard.newest = 0;  // none is before it
+            if (cache.rows(0, 0) + count > 29) heard.newest = 1000;
+            heard.count = 0;
+            feed(cache, stream, cache.seen(), count);
+            if (heard.newest == 0) continue;
+            // 3 tokens at a time step over the interval: the window is not the one that was heard.
+            CHECK(heard.count == (count + (count == 3 ? 6 : 0)) * small.q_heads);
+        }
+}
+
+TEST_CASE("in long heads, attended in parts, votes that were heard agree to rounding", "[differential]") {
+    const CacheShape shape{.layers = 1, .q_heads = 2, .kv_heads = 1, .head_dim = 8};
+    const Stream stream = random_stream(shape, 6310, 24, 0.3F);
+    const SnapKV policy{.window = 4, .kernel = 1, .decode_interval = 8};
+    KVCache hears(shape, policy, Budget{.tokens = 6300});
+    Engine<SnapKV> asks(shape, policy, Budget{.tokens = 6300});
+    feed_prompt(hears, stream, 0, 6300, 700);
+    feed_prompt(asks, stream, 0, 6300, 700);
+    hears.hold(true);
+    asks.hold(true);
+    for (std::size_t at = 6300; at < 6308; ++at) {
+        feed(hears, stream, at, 1);
+        feed_silently(asks, stream, at, 1);
+    }
+    const std::vector<float> heard = hears.scores(0, 0), asked = asks.scores(0, 0);
+    double worst = 0.0;
+    for (std::size_t j = 0; j < asked.size(); ++j)
+        worst = std::max(worst, std::abs(static_cast<double>(heard[j]) / static_cast<double>(asked[j]) - 1));
+    CHECK(worst < 2e-6);
+    CHECK_FALSE(same_bits(heard, asked));
+}
+
+TEST_CASE("nothing is summed that no eviction can use", "[property]") {
+    const Stream stream = random_stream(small, 60, 26);
+    KVCache cache(small, SnapKV{.window = 3, .decode_interval = 5}, Budget{.tokens = 50});
+    const auto sum = [&] {
+        double total = 0.0;
+        for (const float x : state_values(cache.evictor().state(0, 1))) total += static_cast<double>(x);
+        return std::round(total * 1e4) / 1e4;
+    };
+    for (std::size_t at = 0; at < 20; ++at) {
+        feed(cache, stream, at, 1);
+        const std::size_t heard = at < 2 ? 0 : std::min<std::size_t>(at - 1, 3);
+        CHECK(sum() == static_cast<double>(3 * heard));  // each query head of the group gives 1 per token
+    }
+}
+
+TEST_CASE("sums of what is heard take memory only where they are used", "[property]") {
+    const Stream stream = random_stream(small, 40, 25);
+    const auto bytes = [&](std::size_t interval) {
+        KVCache cache(small, SnapKV{.window = 6, .decode_interval = interval}, Budget{.tokens = 20});
+        feed_prompt(cache, stream, 0, 40, 40);
+        return cache.evictor().bytes();
+    };
+    CHECK(bytes(0) == 0);
+    CHECK(bytes(5) == 0);
+    CHECK(bytes(6) >= 2 * 3 * 20 * sizeof(float));  // heads, group, rows
+    Engine<SnapKV> engine(small, SnapKV{.window = 6, .decode_interval = 6}, Budget{.tokens = 20});
+    for (std::size_t at = 0; at < 40; ++at) feed_silently(engine, stream, at, 1);
+    CHECK(engine.evictor().bytes() == 0);
 }

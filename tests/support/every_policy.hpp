@@ -29,6 +29,7 @@ void for_every_policy(Visit&& visit) {
     visit(KeyNorm{.recent = 2});
     visit(Vatp{.sinks = 2, .window = 3});
     visit(SnapKV{.window = 4, .kernel = 3, .decode_interval = 3});
+    visit(SnapKV{.window = 3, .kernel = 3, .decode_interval = 4});
     visit(RKV{.window = 4, .interval = 3, .kernel = 3});
     visit(SkipKV<>{{.window = 3, .interval = 3}, {.delimiters = {2}}});
     visit(OBCache{.recent = 3});

@@ -171,6 +171,7 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
     const std::size_t n = base.n(), c = q.tokens, group = base.group;
     const std::size_t counted = c - std::min(needs.rows, c);  // first token that is observed
     const bool asked = needs.attention || needs.logits || needs.output;
+    const bool weights = needs.weights(!out.empty());
     const std::size_t most = tile_tokens(group, n);
 
     for (std::size_t first = out.empty() ? counted : 0; first < c;) {
@@ -219,9 +220,9 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
                         const auto row = want.output[g * tokens + i];
                         std::copy(row.begin(), row.end(), out.row(first_head + g, first + i));
                     }
-            if (asked) {
+            if (asked || weights) {
                 step.lse = want.lse;
-                if (needs.attention) step.attention = want.attention;
+                if (weights) step.attention = want.attention;
                 step.logits = want.logits;
                 step.output = want.output;
             }

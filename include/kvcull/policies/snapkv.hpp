@@ -103,6 +103,14 @@ inline constexpr std::size_t vote_tile = 16;
     return (vote_tile + 1) * (n + 1);
 }
 
+/// What one head of the group adds to the votes. @param sums [n]: its attention, summed over `tokens` tokens
+inline void add_votes(std::span<const float> sums, std::size_t tokens, std::size_t group, Group reduce,
+                      std::span<float> raw) noexcept {
+    const float share = 1.0F / static_cast<float>(reduce == Group::mean ? tokens * group : tokens);
+    for (std::size_t j = 0; j < raw.size(); ++j)
+        raw[j] = reduce == Group::max ? std::max(raw[j], sums[j] * share) : raw[j] + sums[j] * share;
+}
+
 /// Votes of R query tokens of a group on the cached rows: raw[n] = reduce over the group of the mean
 /// attention. `q[group * R, d]`, row g * R + i is the token at `position_of(i)` and sees the first
 /// `end_of(i)` cached rows; a row with a non-finite log-sum-exp votes 0 and still counts in the mean. Cost: 2
@@ -131,24 +139,80 @@ void window_votes(const HeadStep& step, MatrixView<const float> q, const Positio
                            {.attention = {attention, count, n}, .lse = lse.first(count), .column_sum = sums});
                 });
         }
-        const float share = 1.0F / static_cast<float>(reduce == Group::mean ? rows * step.group : rows);
-        for (std::size_t j = 0; j < n; ++j)
-            raw[j] = reduce == Group::max ? std::max(raw[j], sums[j] * share) : raw[j] + sums[j] * share;
+        add_votes(sums, rows, step.group, reduce, raw);
     }
 }
+
+/// Attention of the last `window` of every `interval` decoded tokens, summed where their own steps make it:
+/// the sums of `window_votes`, which then need not be computed. They have the same bits, as no row leaves
+/// before they are used; where a step attends to a long head in parts, they agree to rounding. State: 4 bytes
+/// per row and head of the group. Cost: O(G n) per token that counts.
+class HeardWindow {
+  public:
+    /// Takes a tile, with its attention or without.
+    void observe(std::size_t window, std::size_t interval, const HeadStep& step) {
+        if (interval < window) return;
+        if (!step.attention.empty() && sums_.planes() == 0) sums_.set_planes(step.group, step.n());
+        const bool decoded = step.phase == Phase::decode;
+        if (step.first_tile) {
+            if (!decoded || rows_ != step.n() - step.added) decoded_ = counted_ = 0;
+            decoded_ += decoded ? step.added : 0;
+            rows_ = step.n();
+        }
+        if (!decoded) return;
+        const std::size_t silent = interval - window, before = decoded_ - step.added + step.first,
+                          after = before + step.tokens, skipped = silent - std::min(silent, before);
+        if (after <= silent) return;
+        if (before <= silent) {
+            for (std::size_t g = 0; g < sums_.planes(); ++g)
+                std::fill(sums_[g].begin(), sums_[g].end(), 0.0F);
+            counted_ = 0;
+        }
+        if (step.attention.empty() || after > interval || counted_ != before + skipped - silent) {
+            counted_ = 0;
+            return;
+        }
+        for (std::size_t g = 0; g < step.group; ++g)
+            step.kernels->add_rows(sums_[g].data(), step.attention[g * step.tokens + skipped].data(),
+                                   step.attention.stride, step.tokens - skipped, step.n());
+        counted_ = after - silent;
+    }
+    /// Whether the sums are those of the newest `tokens` tokens over the `rows` rows that are held.
+    [[nodiscard]] bool knows(std::size_t tokens, std::size_t rows) const noexcept {
+        return counted_ == tokens && rows_ == rows;
+    }
+    /// What `window_votes` writes.
+    void write(Group reduce, std::span<float> raw) const noexcept {
+        std::fill(raw.begin(), raw.end(), 0.0F);
+        for (std::size_t g = 0; g < sums_.planes(); ++g)
+            add_votes(sums_[g], counted_, sums_.planes(), reduce, raw);
+    }
+
+    [[nodiscard]] auto arrays() noexcept { return std::tie(sums_); }
+    [[nodiscard]] auto parts() noexcept { return std::tie(rows_, decoded_, counted_); }
+
+  private:
+    RowPlanes<float> sums_;    // of each query head
+    std::size_t rows_ = 0;     // held when the newest token had come
+    std::size_t decoded_ = 0;  // tokens since rows left or a prompt ended
+    std::size_t counted_ = 0;  // the newest tokens, in the sums; 0: none
+};
 
 /// SnapKV (arXiv 2404.14469): after the prompt, the attention that its last `window` tokens paid to each
 /// earlier token, smoothed over neighbours, is the score; the window stays. Nothing is evicted while decoding
 /// unless `decode_interval` is set: then again every so many tokens, so a head never exceeds budget +
-/// interval. State: the last `window` query rows of the group. Cost: O(G w n d) at an eviction, nothing else.
+/// interval. State: the last `window` query rows of the group; with an interval of a window or more 4 bytes
+/// per token and query head. Cost: O(G w n d) at an eviction, nothing else; while decoding O(G w n), as long
+/// as attention is computed here, see `HeardWindow`.
 struct SnapKV {
     static constexpr std::string_view name = "snapkv";
     static constexpr bool nonnegative = true, follows_logits = true;
     struct State {
         QueryRing queries;
+        HeardWindow heard;
 
-        [[nodiscard]] static std::tuple<> arrays() noexcept { return {}; }
-        [[nodiscard]] auto rest() noexcept { return std::tie(queries); }
+        [[nodiscard]] auto arrays() noexcept { return heard.arrays(); }
+        [[nodiscard]] auto rest() noexcept { return std::tie(queries, heard); }
     };
 
     std::size_t window = 32;
@@ -185,11 +249,13 @@ struct SnapKV {
     /// Decoded tokens are listened to as well: `make_room`, a later prompt shorter than the window and
     /// `decode_interval` all ask the newest tokens.
     [[nodiscard]] constexpr Needs needs(Phase phase) const {
-        return {.rows = phase == Phase::probe ? 0 : window};
+        return {.rows = phase == Phase::probe ? 0 : window, .attention_if_made = decode_interval >= window};
     }
 
     void observe(State& state, const HeadStep& step) const {
-        if (step.tokens > 0) state.queries.push(window, step);
+        if (step.tokens == 0) return;
+        state.queries.push(window, step);
+        state.heard.observe(window, decode_interval, step);
     }
     void score(const State& state, const HeadStep& step, std::span<float> out) const {
         votes(state, step, out);
@@ -200,6 +266,7 @@ struct SnapKV {
     void votes(const State& state, const HeadStep& step, std::span<float> out) const {
         const std::size_t held = state.queries.size_before(step.next_position), rows = std::min(held, window),
                           first = held - rows, dim = step.cached.k.dim();
+        if (state.heard.knows(rows, step.n())) return state.heard.write(gqa, out);
         const std::size_t scratch = vote_scratch(step.n());
         float* const memory = step.workspace->get(scratch + step.group * rows * dim);
         state.queries.copy_to(first, rows, memory + scratch);

@@ -50,9 +50,16 @@ struct Needs {
     /// Their softmax weights, logits as softmax sees them, and outputs. The queries themselves and their
     /// log-sum-exp come with `attention`, `logits` or `output`; `rows` alone gives the queries.
     bool attention = false, logits = false, output = false;
+    /// The weights too where a call makes them for its outputs; none are made for this alone.
+    bool attention_if_made = false;
     /// A call says nothing that the next one leaves standing: of queries that wait only the newest is shown,
     /// as that of a call which brought all their tokens.
     bool replaced = false;
+
+    /// Whether weights are shown. @param outputs  the call computes outputs
+    [[nodiscard]] constexpr bool weights(bool outputs) const noexcept {
+        return attention || (attention_if_made && outputs);
+    }
 };
 
 /// Rows that a policy keeps before any other, within its budget: the oldest `sinks` and the newest `recent`.
