@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -949,5 +950,77 @@ TEST_CASE("odds and square roots change every entry and nothing behind the last"
         }
         REQUIRE(good);
         if (n > 1) REQUIRE(same_bits(roots[0], positive_infinity()));
+    }
+}
+
+TEST_CASE("codes of a row have the same bits everywhere and are off by half a step at most",
+          "[differential]") {
+    for (const std::size_t n : lengths) {
+        for (const float scale : {0.0F, 1e-30F, 1e-3F, 1.0F, 1e30F}) {
+            for (const float least : {0x1p-60F, 0.02F}) {
+                Padded x(1, n, 7 + n);
+                for (std::size_t c = 0; c < n; ++c) x.data()[c] *= scale;
+                if (n > 3) x.data()[n / 2] = -4.0F * scale;
+                std::vector<std::uint8_t> first;
+                for (const Isa isa : available_isas()) {
+                    std::vector<std::uint8_t> codes(n + 1, 77);
+                    float step = -1.0F;
+                    simd::kernels_for(isa).to_codes(x.data(), n, least, codes.data(), &step);
+                    float most = 0.0F;
+                    for (std::size_t c = 0; c < n; ++c) most = std::max(most, std::abs(x.data()[c]));
+                    CAPTURE(simd::name_of(isa), n, scale, least);
+                    REQUIRE(step == std::max(least, most / 127.0F));
+                    REQUIRE(codes.back() == 77);
+                    bool near = true;
+                    for (std::size_t c = 0; c < n; ++c) {
+                        const int code = codes[c] - 128;
+                        near =
+                            near && std::abs(code) <= 127 &&
+                            std::abs(static_cast<double>(x.data()[c]) - code * static_cast<double>(step)) <=
+                                0.501 * static_cast<double>(step);
+                    }
+                    REQUIRE(near);
+                    if (first.empty()) first = codes;
+                    REQUIRE(codes == first);
+                }
+            }
+        }
+    }
+}
+
+TEST_CASE("the largest products of bytes are exact", "[differential]") {
+    SplitMix64 random{21};
+    for (const std::size_t dim : {0U, 4U, 80U, 128U, 260U, 65536U}) {
+        for (const std::size_t count : {16U, 48U, 64U, 80U, 128U, 208U}) {
+            if (dim > 1000 && count > 64) continue;
+            const std::size_t rows = count % 7 + 2, stride = dim + 3;
+            const bool extreme = dim > 1000 || count == 80;
+            std::vector<std::uint8_t> x(rows * stride);
+            std::vector<std::int8_t> y(dim * count);
+            std::vector<std::int32_t> start(count);
+            for (auto& code : x) code = extreme ? 255 : static_cast<std::uint8_t>(random());
+            for (auto& code : y) code = extreme ? 127 : static_cast<std::int8_t>(random() % 255 - 127);
+            for (auto& from : start) from = static_cast<std::int32_t>(random() % 2000000) - 1000000;
+            std::vector<std::int32_t> wanted(rows);
+            for (std::size_t a = 0; a < rows; ++a) {
+                std::int64_t largest = std::numeric_limits<std::int64_t>::min();
+                for (std::size_t b = 0; b < count; ++b) {
+                    std::int64_t sum = start[b];
+                    for (std::size_t c = 0; c < dim; ++c)
+                        sum += x[a * stride + c] * y[(c / 4 * count + b) * 4 + c % 4];
+                    largest = std::max(largest, sum);
+                }
+                wanted[a] = static_cast<std::int32_t>(largest);
+            }
+            for (const Isa isa : available_isas()) {
+                std::vector<std::int32_t> out(rows + 1, 5);
+                simd::kernels_for(isa).largest_products(x.data(), stride, rows, y.data(), start.data(), count,
+                                                        dim, out.data());
+                CAPTURE(simd::name_of(isa), dim, count);
+                REQUIRE(out.back() == 5);
+                out.pop_back();
+                REQUIRE(out == wanted);
+            }
+        }
     }
 }

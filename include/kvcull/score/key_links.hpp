@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "../attention/row_kernels.hpp"
+#include "link_screen.hpp"
 #include "similarity.hpp"
 #include "state.hpp"
 
@@ -51,8 +52,9 @@ namespace detail {
 
 /// Joins the norm of a key before it divides: a zero key has cosine 0 with all others.
 inline constexpr float norm_epsilon = 1e-8F;
-/// Keys whose products with each other are held at a time.
-inline constexpr std::size_t link_tile = 128;
+/// Keys whose products with each other are held at a time, and how many of a tile tell whether the screen
+/// excludes enough of them.
+inline constexpr std::size_t link_tile = 128, link_probe = 16;
 
 /// The row at `wanted` among ascending positions; their number if there is none.
 [[nodiscard]] inline std::size_t row_of(const PositionsView& position, position_t wanted) noexcept {
@@ -87,23 +89,34 @@ class LinkSearch {
           near_{list_ + keys.rows()},
           far_{near_.unit + tile_ * keys.dim()},
           product_(far_.unit + tile_ * keys.dim()),
-          highest_(product_ + tile_ * tile_) {}
+          highest_(product_ + tile_ * tile_),
+          screens_(LinkScreen::pays(kernels, keys.dim())),
+          screen_(kernels, tile_, keys.dim(), highest_ + tile_) {}
 
     /// Cost: open keys x all keys x dim multiply-adds, half of that if all are open; O(n dim) if every key is
-    /// like the one that is preferred to all.
+    /// like the one that is preferred to all. Where integers are fast, of bytes, and of floats for those keys
+    /// that may be like one of a tile.
     void run() noexcept {
         const std::size_t n = keys_.rows();
         list_keys();
         for (std::size_t first = 0; first < open_; first += tile_) {
             const std::size_t last = std::min(first + tile_, open_);
-            load_near(first, last, best_from(first));
-            meet_itself();
+            near_.count = 0;  // not loaded yet
+            if (seekers(first, last, best_from(first)) > 0) {
+                load_near(first, last, best_from(first));
+                meet_itself();
+            }
             for (std::size_t other = last; other < n; other += tile_) {
                 const std::size_t end = std::min(other + tile_, n);
                 const position_t best = best_from(other), best_near = position_[row(first)];
-                if (seekers(first, last, best) != near_.seekers) load_near(first, last, best);
-                if (near_.seekers == 0 && seekers(other, end, best_near) == 0) continue;
-                load(far_, other, end, best_near);
+                const std::size_t seeking = seekers(first, last, best);
+                if (seeking == 0 && seekers(other, end, best_near) == 0) continue;
+                // Loading costs more than multiplying a few that need not seek any more.
+                if (near_.count == 0 || 2 * seeking < near_.seekers) load_near(first, last, best);
+                list(far_, other, end, best_near);
+                if (screens_) sift();
+                if (far_.count == 0) continue;
+                load_far();
                 meet();
             }
         }
@@ -113,7 +126,7 @@ class LinkSearch {
 
   private:
     struct Tile {
-        /// far: [count, dim]; near: [dim, tile], so that products need no sum across a register
+        /// far: [count, dim]; near: [dim, count], so that products need no sum across a register
         float* unit;
         std::array<std::size_t, link_tile> row = {};  // of each unit key; those that seek come first
         std::size_t count = 0, seekers = 0;
@@ -159,24 +172,27 @@ class LinkSearch {
         for (std::size_t i = first; i < last; ++i) count += seeks(row(i), best) ? 1 : 0;
         return count;
     }
-    void load(Tile& tile, std::size_t first, std::size_t last, position_t best) const noexcept {
-        const std::size_t dim = keys_.dim();
+    void list(Tile& tile, std::size_t first, std::size_t last, position_t best) const noexcept {
         tile.count = 0;
         for (const bool seeking : {true, false}) {
-            for (std::size_t i = first; i < last; ++i) {
-                const std::size_t j = row(i);
-                if (seeks(j, best) != seeking) continue;
-                float* const unit = tile.unit + tile.count * dim;
-                std::fill_n(unit, dim, 0.0F);
-                weighted_sum(kernels_, &links_.inverse[j], 1, 1, keys_, {keys_.row(j), j, 1}, unit, dim);
-                tile.row[tile.count++] = j;
-            }
+            for (std::size_t i = first; i < last; ++i)
+                if (const std::size_t j = row(i); seeks(j, best) == seeking) tile.row[tile.count++] = j;
             if (seeking) tile.seekers = tile.count;
         }
     }
+    /// out[dim] = factor * key
+    void scale_key(std::size_t row, const float& factor, float* out) const noexcept {
+        std::fill_n(out, keys_.dim(), 0.0F);
+        weighted_sum(kernels_, &factor, 1, 1, keys_, {keys_.row(row), row, 1}, out, keys_.dim());
+    }
+    void load_far() noexcept {
+        for (std::size_t a = 0; a < far_.count; ++a)
+            scale_key(far_.row[a], links_.inverse[far_.row[a]], far_.unit + a * keys_.dim());
+    }
     /// The keys come through the far tile, which holds them until it is loaded again.
     void load_near(std::size_t first, std::size_t last, position_t best) noexcept {
-        load(far_, first, last, best);
+        list(far_, first, last, best);
+        load_far();
         near_.row = far_.row;
         near_.count = far_.count;
         near_.seekers = far_.seekers;
@@ -184,16 +200,41 @@ class LinkSearch {
         constexpr std::size_t side = 16;
         const std::size_t dim = keys_.dim();
         for (std::size_t begin = 0; begin < dim; begin += side)
-            for (std::size_t b = 0; b < near_.count; ++b)
-                for (std::size_t c = begin; c < std::min(begin + side, dim); ++c)
-                    near_.unit[c * tile_ + b] = far_.unit[b * dim + c];
+            simd::transpose(far_.unit + begin, dim, std::min(side, dim - begin), near_.count,
+                            near_.unit + begin * near_.count);
+        if (screens_) screen_.take_tile(far_.unit, far_.count);
+    }
+    /// The key as floats, in `memory` unless it is stored so.
+    [[nodiscard]] const float* floats_of(std::size_t row, float* memory) const noexcept {
+        if (keys_.dtype() == DType::f32 && !keys_.are_columns())
+            return reinterpret_cast<const float*>(keys_.row(row));
+        scale_key(row, 1.0F, memory);
+        return memory;
+    }
+    /// Leaves only the far keys that may be like a near one. If half of the first ones may, the others go
+    /// unasked: the screen would cost more than it spares.
+    void sift() noexcept {
+        const std::size_t listed = far_.count, seeking = far_.seekers;
+        far_.count = far_.seekers = 0;
+        for (std::size_t first = 0, last = std::min(link_probe, listed); first < listed;
+             first = last, last = listed) {
+            const bool ask = 2 * far_.count <= first;
+            for (std::size_t a = first; ask && a < last; ++a)
+                screen_.take(a - first, floats_of(far_.row[a], far_.unit), links_.inverse[far_.row[a]]);
+            if (ask) screen_.bound(last - first, highest_);
+            for (std::size_t a = first; a < last; ++a) {
+                if (ask && highest_[a - first] <= rule_.threshold) continue;
+                far_.row[far_.count++] = far_.row[a];
+                if (a < seeking) ++far_.seekers;
+            }
+        }
     }
     /// product_[a, b] = cosine of far keys `first .. last - 1` and the first `count` near keys.
     void multiply(std::size_t first, std::size_t last, std::size_t count) noexcept {
         for (std::size_t a = first; a < last; ++a) std::fill_n(product_ + a * tile_, count, 0.0F);
         const std::size_t dim = keys_.dim();
-        kernels_.weighted_sum_f32(far_.unit + first * dim, dim, last - first, near_.unit, tile_, dim, count,
-                                  product_ + first * tile_, tile_);
+        kernels_.weighted_sum_f32(far_.unit + first * dim, dim, last - first, near_.unit, near_.count, dim,
+                                  count, product_ + first * tile_, tile_);
     }
     void consider(Hit& hit, std::size_t row, float cosine) const noexcept {
         if (!(cosine > rule_.threshold)) return;
@@ -249,6 +290,8 @@ class LinkSearch {
     float* list_;  // [n], rows as bits: open ones, then the others
     Tile near_, far_;
     float *product_, *highest_;
+    bool screens_;
+    LinkScreen screen_;
 };
 
 }  // namespace detail
@@ -256,7 +299,7 @@ class LinkSearch {
 /// Floats of scratch that `find_links` takes.
 [[nodiscard]] constexpr std::size_t link_scratch(std::size_t n, std::size_t dim) noexcept {
     const std::size_t tile = std::min(n, detail::link_tile);
-    return n + tile * (2 * dim + tile + 1);
+    return n + tile * (2 * dim + tile + 1) + detail::LinkScreen::scratch(tile, dim);
 }
 
 /// Makes the links true for all keys of a head, whatever rows came and went since the last time: links of new

@@ -280,6 +280,10 @@ inline void widen_int4(const int4_group* x, std::size_t x_stride, std::size_t ro
 // Rows are narrowed once, when they come.
 using scalar::narrow_int4;
 using scalar::narrow_int8;
+// Of CPUs without VNNI; kernels.hpp puts those of avx512_int8.hpp in their place.
+using scalar::fast_integers;
+using scalar::largest_products;
+using scalar::to_codes;
 
 // int8 and int4 rows by way of floats.
 inline constexpr auto& distances_int8 = distances_by<widen_int8, distances_f32, int8_group>;

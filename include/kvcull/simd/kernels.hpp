@@ -31,6 +31,7 @@
 #    include "avx512_rows.hpp"
 #    include "neon.hpp"
 #    include "scalar.hpp"
+#    include "vnni.hpp"
 #else
 #    define KVCULL_KERNELS_HERE 0
 #endif
@@ -148,6 +149,18 @@ struct Kernels {
     /// of two the even one. A group with a number that is not finite, or whose scale overflows, reads as NaN.
     void (*narrow_int8)(const float* x, int8_group* out, std::size_t n) noexcept;
     void (*narrow_int4)(const float* x, int4_group* out, std::size_t n) noexcept;
+    /// The finite row x[n] in whole steps, the same bits everywhere: *step = max(least, max |x| / 127), and
+    /// out[c] = 128 + x[c] / *step to the nearest integer, which *step times is off by no more than 0.501
+    /// steps. `least` is a normal number above 0.
+    void (*to_codes)(const float* x, std::size_t n, float least, std::uint8_t* out, float* step) noexcept;
+    /// out[a] = the largest of start[b] + sum_c x[a * x_stride + c] y_b[c] over b < count, for a < rows. Four
+    /// channels of a row of y lie together, the rows side by side: channel c of row b is y[(c / 4 * count +
+    /// b) * 4 + c % 4]. dim is a multiple of 4, count one of 16 and not 0; every sum must fit.
+    void (*largest_products)(const std::uint8_t* x, std::size_t x_stride, std::size_t rows,
+                             const std::int8_t* y, const std::int32_t* start, std::size_t count,
+                             std::size_t dim, std::int32_t* out) noexcept;
+    /// Whether largest_products takes a fraction of the time of as many products of floats.
+    bool fast_integers;
 
     /// out[j] += x[j]
     void add(float* out, const float* x, std::size_t n) const noexcept { add_rows(out, x, n, 1, n); }
@@ -223,7 +236,7 @@ KVCULL_KERNELS_INLINE bool available(Isa isa) noexcept {
                 {isa::distances_int4}, isa::softmax, isa::add_rows, isa::add_squares, isa::summarise,     \
                 isa::odds, isa::square_roots, isa::maximum, isa::widen_f16, isa::widen_bf16,              \
                 isa::narrow_f16, isa::narrow_bf16, isa::widen_int8, isa::widen_int4, isa::narrow_int8,    \
-                isa::narrow_int4                                                                          \
+                isa::narrow_int4, isa::to_codes, isa::largest_products, isa::fast_integers                \
         }
 
 KVCULL_KERNELS_INLINE const Kernels& kernels_for(Isa isa) {
@@ -231,8 +244,15 @@ KVCULL_KERNELS_INLINE const Kernels& kernels_for(Isa isa) {
                                        "one that this machine has");
 #    if KVCULL_X86
     static constexpr Kernels of_avx2 = KVCULL_KERNELS_OF(avx2), of_avx512 = KVCULL_KERNELS_OF(avx512);
+    static constexpr Kernels with_vnni = [] {
+        Kernels kernels = of_avx512;
+        kernels.to_codes = vnni::to_codes;
+        kernels.largest_products = vnni::largest_products;
+        kernels.fast_integers = true;
+        return kernels;
+    }();
     if (isa == Isa::avx2) return of_avx2;
-    if (isa == Isa::avx512) return of_avx512;
+    if (isa == Isa::avx512) return vnni::supported() ? with_vnni : of_avx512;
 #    elif KVCULL_NEON
     static constexpr Kernels of_neon = KVCULL_KERNELS_OF(neon);
     if (isa == Isa::neon) return of_neon;

@@ -506,8 +506,11 @@ inline void narrow_bf16(const float* x, bfloat16* out, std::size_t n) noexcept {
     for (; j < n; ++j) out[j] = to_bfloat16(x[j]);
 }
 
+using scalar::fast_integers;
+using scalar::largest_products;
 using scalar::narrow_int4;
 using scalar::narrow_int8;
+using scalar::to_codes;
 using scalar::widen_int4;
 using scalar::widen_int8;
 

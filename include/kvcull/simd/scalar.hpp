@@ -265,6 +265,32 @@ inline void narrow_int4(const float* x, int4_group* out, std::size_t n) noexcept
     }
 }
 
+inline void to_codes(const float* x, std::size_t n, float least, std::uint8_t* out, float* step) noexcept {
+    float most = 0;
+    for (std::size_t c = 0; c < n; ++c) {
+        raise(most, x[c]);
+        raise(most, -x[c]);
+    }
+    *step = least;
+    raise(*step, most / 127.0F);
+    const float factor = 1.0F / *step;
+    for (std::size_t c = 0; c < n; ++c)
+        out[c] = static_cast<std::uint8_t>(128 + nearest(x[c] * factor, -127, 127));
+}
+inline void largest_products(const std::uint8_t* x, std::size_t x_stride, std::size_t rows,
+                             const std::int8_t* y, const std::int32_t* start, std::size_t count,
+                             std::size_t dim, std::int32_t* out) noexcept {
+    for (std::size_t a = 0; a < rows; ++a) {
+        for (std::size_t b = 0; b < count; ++b) {
+            std::int32_t sum = start[b];
+            for (std::size_t c = 0; c < dim; ++c)
+                sum += x[a * x_stride + c] * y[(c / 4 * count + b) * 4 + c % 4];
+            if (b == 0 || sum > out[a]) out[a] = sum;
+        }
+    }
+}
+inline constexpr bool fast_integers = false;
+
 // int8 and int4 rows by way of floats.
 inline constexpr auto& dots_int8 = dots_by<widen_int8, dots_f32, int8_group>;
 inline constexpr auto& dots_int4 = dots_by<widen_int4, dots_f32, int4_group>;

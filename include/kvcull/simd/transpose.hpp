@@ -35,6 +35,10 @@ inline void turn_square(const std::uint32_t* columns, std::size_t stride, std::u
     store_turned(column[0], column[1], column[2], column[3], reinterpret_cast<std::byte*>(out),
                  dim * sizeof *out);
 }
+inline void turn_square(const float* columns, std::size_t stride, float* out, std::size_t dim) noexcept {
+    turn_square(reinterpret_cast<const std::uint32_t*>(columns), stride,
+                reinterpret_cast<std::uint32_t*>(out), dim);
+}
 inline void turn_square(const std::uint16_t* columns, std::size_t stride, std::uint16_t* out,
                         std::size_t dim) noexcept {
     Words low[4], high[4];  // rows 0 .. 3 and 4 .. 7 of two neighbours, an element of each to a word
