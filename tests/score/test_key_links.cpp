@@ -244,29 +244,44 @@ TEST_CASE("the screen changes no bit of any link, and links are those of all pai
         for (const std::size_t width : {1U, 80U, 128U, 257U})
             for (const Likeness likeness :
                  {Likeness::random, Likeness::alike, Likeness::at_threshold, Likeness::odd})
-                for (const float threshold : {-0.3F, 0.5F})
-                    for (const Retain retain : {Retain::last, Retain::first}) {
-                        const LinkRule rule{threshold, retain};
-                        SplitMix64 random{width + static_cast<std::uint64_t>(likeness)};
-                        Head screened{width}, plain{width};
-                        for (std::size_t round = 0; round < 3; ++round) {
-                            const std::vector<float> fresh = keys_with(
-                                likeness, width, round == 0 ? 150 : 60 + random() % 90, threshold, random);
-                            screened.append(fresh);
-                            plain.append(fresh);
-                            CAPTURE(simd::name_of(isa), width, static_cast<int>(likeness), threshold,
-                                    retain == Retain::last, round);
-                            REQUIRE(screened.find(screening(isa, true), rule));
-                            REQUIRE(plain.find(screening(isa, false), rule));
-                            REQUIRE(same(screened.links, plain.links));
-                            REQUIRE((round > 0 || are_links(simd::kernels_for(isa), screened, rule)));
-                            std::vector<index_t> kept;
-                            for (std::size_t j = 0; j < screened.rows(); ++j)
-                                if (random() % 4 != 0) kept.push_back(static_cast<index_t>(j));
-                            screened.keep(kept);
-                            plain.keep(kept);
-                        }
+                for (const LinkRule& rule : {LinkRule{-0.3F, Retain::last}, LinkRule{0.5F, Retain::last},
+                                             LinkRule{0.5F, Retain::first}}) {
+                    SplitMix64 random{width + static_cast<std::uint64_t>(likeness)};
+                    Head screened{width}, plain{width};
+                    for (std::size_t round = 0; round < 3; ++round) {
+                        const std::vector<float> fresh = keys_with(
+                            likeness, width, round == 0 ? 150 : 60 + random() % 90, rule.threshold, random);
+                        screened.append(fresh);
+                        plain.append(fresh);
+                        CAPTURE(simd::name_of(isa), width, static_cast<int>(likeness), rule.threshold,
+                                rule.retain == Retain::last, round);
+                        REQUIRE(screened.find(screening(isa, true), rule));
+                        REQUIRE(plain.find(screening(isa, false), rule));
+                        REQUIRE(same(screened.links, plain.links));
+                        REQUIRE((round > 0 || are_links(simd::kernels_for(isa), screened, rule)));
+                        std::vector<index_t> kept;
+                        for (std::size_t j = 0; j < screened.rows(); ++j)
+                            if (random() % 4 != 0) kept.push_back(static_cast<index_t>(j));
+                        screened.keep(kept);
+                        plain.keep(kept);
                     }
+                }
+}
+
+TEST_CASE("keys are found alike to those of a tile whose own keys have their links", "[property]") {
+    // Four tiles in one plane, each like its neighbours only.
+    constexpr std::size_t tile = 128;
+    for (const bool screens : {true, false}) {
+        Head head{2};
+        for (std::size_t j = 0; j < 4 * tile; ++j) {
+            const double angle = static_cast<double>(j / tile) * 0.9;
+            head.append(std::array{static_cast<float>(std::cos(angle)), static_cast<float>(std::sin(angle))});
+        }
+        const simd::Kernels kernels = screening(simd::kernels().isa, screens);
+        REQUIRE(head.find(kernels, {}));
+        CHECK(are_links(kernels, head, {}));
+        CHECK(head.links.link[0] == ~static_cast<position_t>(2 * tile - 1));
+    }
 }
 
 namespace {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <span>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -43,8 +44,8 @@ TEST_CASE("no product of floats exceeds its bound, which exceeds few by more tha
     bool held = true, close = true;
     for (const simd::Isa isa : available_isas()) {
         const simd::Kernels& kernels = simd::kernels_for(isa);
-        for (const std::size_t dim : {1U, 3U, 16U, 80U, 128U, 257U, 1000U})
-            for (const std::size_t near_count : {1U, 5U, 16U, 17U, 63U, 64U, 100U, 128U})
+        for (const std::size_t dim : {1U, 3U, 16U, 80U, 128U, 257U})
+            for (const std::size_t near_count : {1U, 16U, 17U, 64U, 100U, 128U})
                 for (const float rest : {0.0F, 0.49F, -0.49F}) {
                     const std::size_t count = near_count % 7 + 3, tile = std::max(near_count, count);
                     const std::vector<float> near = unit_keys(near_count, dim, 1 + dim, rest),

@@ -304,7 +304,7 @@ inline void widen_int4(const int4_group* x, std::size_t x_stride, std::size_t ro
 // Rows are narrowed once, when they come.
 using scalar::narrow_int4;
 using scalar::narrow_int8;
-// Without VNNI sums of bytes take as many instructions as those of floats.
+// Without VNNI sums of products of bytes take as many instructions as those of floats.
 using scalar::fast_integers;
 using scalar::largest_products;
 using scalar::to_codes;
