@@ -11,6 +11,8 @@
 #    include <cstring>
 #    include <limits>
 
+#    include "exp.hpp"
+
 namespace kvcull::inline KVCULL_ABI::simd::vnni {
 
 /// Whether the CPU has the extension; that it has the rest is asked of avx512.hpp.
