@@ -280,7 +280,7 @@ inline void widen_int4(const int4_group* x, std::size_t x_stride, std::size_t ro
 // Rows are narrowed once, when they come.
 using scalar::narrow_int4;
 using scalar::narrow_int8;
-// Of CPUs without VNNI; kernels.hpp puts those of avx512_int8.hpp in their place.
+// Of CPUs without VNNI; kernels.hpp puts those of vnni.hpp in their place.
 using scalar::fast_integers;
 using scalar::largest_products;
 using scalar::to_codes;
