@@ -990,7 +990,7 @@ TEST_CASE("codes of a row have the same bits everywhere and are off by half a st
 
 TEST_CASE("the largest products of bytes are exact", "[differential]") {
     SplitMix64 random{21};
-    for (const std::size_t dim : {0U, 4U, 80U, 128U, 260U, 65536U}) {
+    for (const std::size_t dim : {4U, 8U, 80U, 128U, 260U, 65536U}) {
         for (const std::size_t count : {16U, 48U, 64U, 80U, 128U, 208U}) {
             if (dim > 1000 && count > 64) continue;
             const std::size_t rows = count % 7 + 2, stride = dim + 3;

@@ -155,7 +155,7 @@ struct Kernels {
     void (*to_codes)(const float* x, std::size_t n, float least, std::uint8_t* out, float* step) noexcept;
     /// out[a] = the largest of start[b] + sum_c x[a * x_stride + c] y_b[c] over b < count, for a < rows. Four
     /// channels of a row of y lie together, the rows side by side: channel c of row b is y[(c / 4 * count +
-    /// b) * 4 + c % 4]. dim is a multiple of 4, count one of 16 and not 0; every sum must fit.
+    /// b) * 4 + c % 4]. dim is a multiple of 4, count one of 16, neither is 0; every sum must fit.
     void (*largest_products)(const std::uint8_t* x, std::size_t x_stride, std::size_t rows,
                              const std::int8_t* y, const std::int32_t* start, std::size_t count,
                              std::size_t dim, std::int32_t* out) noexcept;
