@@ -170,8 +170,7 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
                    TileScratch& scratch, Observe&& observe) {
     const std::size_t n = base.n(), c = q.tokens, group = base.group;
     const std::size_t counted = c - std::min(needs.rows, c);  // first token that is observed
-    const bool asked = needs.attention || needs.logits || needs.output;
-    const bool weights = needs.weights(!out.empty());
+    const bool weights = needs.weights(!out.empty()), asked = weights || needs.logits || needs.output;
     const std::size_t most = tile_tokens(group, n);
 
     for (std::size_t first = out.empty() ? counted : 0; first < c;) {
@@ -220,7 +219,7 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
                         const auto row = want.output[g * tokens + i];
                         std::copy(row.begin(), row.end(), out.row(first_head + g, first + i));
                     }
-            if (asked || weights) {
+            if (asked) {
                 step.lse = want.lse;
                 if (weights) step.attention = want.attention;
                 step.logits = want.logits;

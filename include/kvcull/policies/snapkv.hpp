@@ -161,20 +161,20 @@ class HeardWindow {
         }
         if (!decoded) return;
         const std::size_t silent = interval - window, before = decoded_ - step.added + step.first,
-                          after = before + step.tokens, skipped = silent - std::min(silent, before);
+                          begin = std::max(before, silent), after = before + step.tokens;
         if (after <= silent) return;
-        if (before <= silent) {
+        if (begin == silent) {
             for (std::size_t g = 0; g < sums_.planes(); ++g)
                 std::fill(sums_[g].begin(), sums_[g].end(), 0.0F);
             counted_ = 0;
         }
-        if (step.attention.empty() || after > interval || counted_ != before + skipped - silent) {
+        if (step.attention.empty() || after > interval || counted_ != begin - silent) {
             counted_ = 0;
             return;
         }
         for (std::size_t g = 0; g < step.group; ++g)
-            step.kernels->add_rows(sums_[g].data(), step.attention[g * step.tokens + skipped].data(),
-                                   step.attention.stride, step.tokens - skipped, step.n());
+            step.kernels->add_rows(sums_[g].data(), step.attention[g * step.tokens + begin - before].data(),
+                                   step.attention.stride, after - begin, step.n());
         counted_ = after - silent;
     }
     /// Whether the sums are those of the newest `tokens` tokens over the `rows` rows that are held.

@@ -47,9 +47,7 @@ class LinkScreen {
     void take_tile(const float* unit, std::size_t count) noexcept {
         const std::size_t width = words(dim_), whole = whole_tile(count);
         near_count_ = whole;
-        near_step_ = least_step;
-        for (std::size_t b = 0; b < count; ++b)
-            kernels_.to_codes(unit + b * dim_, dim_, near_step_, code_, &near_step_);
+        kernels_.to_codes(unit, count * dim_, least_step, code_, &near_step_);  // for the step alone
         std::fill_n(code_, 4 * width * whole, zero_code);
         for (std::size_t b = 0; b < whole; ++b) {
             std::uint8_t* const code = code_ + 4 * width * b;
