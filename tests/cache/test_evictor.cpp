@@ -516,7 +516,8 @@ TEST_CASE("an engine without outputs of ours gets the same plans", "[differentia
             }
             // Who takes part in our attention may have noted what others compute when they need it.
             constexpr bool reads_along = ReadsKeys<decltype(policy)> || ReadsValues<decltype(policy)>;
-            if (!reads_along && !policy.needs(Phase::decode).attention_if_made)
+            const Needs needs = policy.needs(Phase::decode);
+            if (!reads_along && !needs.attention_if_made && !needs.logits_if_made)
                 REQUIRE(same_live(with.live(), without.live()));
             first += count;
         }

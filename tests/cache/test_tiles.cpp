@@ -76,20 +76,22 @@ TEST_CASE("tiles cover the counted tokens once, with what was asked for and no m
     const std::size_t count = GENERATE(std::size_t{1}, 63, 64, 65, 200);
     const std::size_t rows = GENERATE(std::size_t{0}, 1, 64, 137, all_rows);
     const bool with_output = GENERATE(true, false), causal = GENERATE(true, false);
-    const unsigned wanted = GENERATE(0U, 1U, 2U, 4U, 7U, 8U, 10U);
+    const unsigned wanted = GENERATE(0U, 1U, 2U, 4U, 7U, 8U, 16U, 10U);
     Case one(group, count + 11, count, 5, 3);
     const Needs needs{.rows = rows,
                       .attention = (wanted & 1U) != 0,
                       .logits = (wanted & 2U) != 0,
                       .output = (wanted & 4U) != 0,
-                      .attention_if_made = (wanted & 8U) != 0};
+                      .attention_if_made = (wanted & 8U) != 0,
+                      .logits_if_made = (wanted & 16U) != 0};
     const bool attention = needs.attention || (needs.attention_if_made && with_output),
-               any = attention || needs.logits || needs.output;
+               logits = needs.logits || (needs.logits_if_made && with_output),
+               any = attention || logits || needs.output;
     const ReferenceAttention naive = one.naive(causal);
     detail::TileScratch scratch;
     Record record;
     detail::for_each_tile(one.base(), one.queries(), group, {.causal = causal},
-                          with_output ? one.outputs() : HeadsView<float>{}, needs, scratch,
+                          with_output ? one.outputs() : HeadsView<float>{}, needs.shown(with_output), scratch,
                           [&](const HeadStep& step) { record.tile(step); });
 
     const std::size_t counted = std::min(rows, count), n = one.n;
@@ -104,7 +106,7 @@ TEST_CASE("tiles cover the counted tokens once, with what was asked for and no m
         const std::size_t tile_rows = group * step.tokens;
         good = good && tile.q.size() == tile_rows * one.dim && tile.visible.size() == tile_rows;
         good = good && tile.attention.size() == (attention ? tile_rows * n : 0);
-        good = good && tile.logits.size() == (needs.logits ? tile_rows * n : 0);
+        good = good && tile.logits.size() == (logits ? tile_rows * n : 0);
         const bool output = needs.output || (with_output && any);  // what is made anyway
         good = good && tile.output.size() == (output ? tile_rows * one.value_dim : 0);
         good = good && tile.lse.size() == (any ? tile_rows : 0);

@@ -11,6 +11,7 @@
 #include "support/catch.hpp"
 #include "support/conformance.hpp"
 #include "support/failure.hpp"
+#include "support/heard.hpp"
 
 using namespace kvcull;
 using namespace kvcull::test;
@@ -320,6 +321,119 @@ TEST_CASE("what is remembered of keys survives what a cache goes through", "[pro
         CHECK((live(policy) == live(Forgetful<RKV>{policy})));
         CHECK((live(SkipKV<>{policy}) == live(SkipKV<Forgetful<RKV>>{{policy}})));  // decides after the step
     }
+}
+
+TEST_CASE("importance heard in its own steps is that which is computed anew, bit for bit", "[differential]") {
+    const std::size_t group = GENERATE(std::size_t{1}, 4, 7);
+    const CacheShape shape{.layers = 1,
+                           .q_heads = 2 * group,
+                           .kv_heads = 2,
+                           .head_dim = 20,
+                           .value_dim = 3,
+                           .softcap = group > 1 ? 3.0F : 0.0F};
+    Stream stream = random_stream(shape, 170, 51 + group, 2.0F);
+    std::fill_n(stream.q.begin() + 60 * 20, 20, 3e38F);  // logits overflow
+    stream.q[83 * 20] = quiet_nan();
+    stream.q[102 * 20] = std::numeric_limits<float>::infinity();  // which the softcap makes finite
+    for (const RKV& policy : {RKV{.window = 6, .interval = 6, .kernel = 3, .sigma = 0.5F},
+                              RKV{.window = 6, .interval = 15, .kernel = 3, .sigma = 0.5F}})
+        for (const simd::Isa isa : simd::all_isas) {
+            if (!simd::available(isa)) continue;
+            CAPTURE(group, name_of(isa), policy.interval);
+            KVCache hears(shape, policy, Budget{.tokens = 20});
+            Engine<RKV> asks(shape, policy, Budget{.tokens = 20}),
+                hears_some(shape, policy, Budget{.tokens = 20});
+            hears.set_kernels(simd::kernels_for(isa));
+            asks.set_kernels(simd::kernels_for(isa));
+            hears_some.set_kernels(simd::kernels_for(isa));
+            std::size_t at = 0;
+            const auto decode = [&](std::size_t calls, std::size_t count) {
+                for (; calls > 0; --calls, at += count) {
+                    feed(hears, stream, at, count);
+                    feed_silently(asks, stream, at, count);
+                    if (at % 20 == 3)
+                        feed_silently(hears_some, stream, at, count);
+                    else
+                        feed(hears_some, stream, at, count);
+                    REQUIRE((all_positions(hears) == all_positions(asks)));
+                    REQUIRE((all_positions(hears_some) == all_positions(asks)));
+                    for (std::size_t head = 0; head < 2; ++head) {
+                        const std::vector<float> want = asks.scores(0, head);
+                        REQUIRE(same_bits(hears.scores(0, head), want));
+                        REQUIRE(same_bits(hears_some.scores(0, head), want));
+                    }
+                }
+            };
+            const auto all = [&](const auto& call) {
+                call(hears);
+                call(asks);
+                call(hears_some);
+            };
+            decode(4, 1);
+            all([](auto& cache) { cache.begin_prompt(); });
+            decode(3, 9);
+            all([](auto& cache) { cache.end_prompt(); });
+            decode(35, 1);
+            decode(6, 2);
+            decode(3, 8);
+            all([](auto& cache) { cache.truncate(1); });
+            --at;
+            decode(20, 1);
+            all([](auto& cache) { cache.make_room(3); });
+            decode(4, 1);
+            all([](auto& cache) { cache.hold(true); });
+            decode(17, 1);
+            all([](auto& cache) { cache.hold(false); });
+            decode(17, 1);
+            REQUIRE(at < stream.tokens);
+        }
+}
+
+TEST_CASE("no query is asked again whose whole window was heard", "[property]") {
+    const Stream stream = random_stream(small, 110, 52);
+    const RKV policy{.window = 6, .interval = 10};
+    AskedAgain heard, silent;
+    KVCache cache(small, policy, Budget{.tokens = 20});
+    Engine<RKV> engine(small, policy, Budget{.tokens = 20});
+    feed_prompt(cache, stream, 0, 37, 37);
+    feed_prompt(engine, stream, 0, 37, 37);
+    cache.set_bias(heard.bias());
+    engine.set_bias(silent.bias());
+    std::size_t at = 37;
+    const auto decode = [&](std::size_t calls) {
+        heard.count = silent.count = 0;
+        for (; calls > 0; --calls, ++at) {
+            heard.newest = silent.newest = stream.position(at);
+            feed(cache, stream, at, 1);
+            feed_silently(engine, stream, at, 1);
+        }
+        REQUIRE((all_positions(cache) == all_positions(engine)));
+    };
+    const std::size_t votes = 5 * small.q_heads;  // of all but the newest token
+    decode(3);
+    CHECK(heard.count == votes);  // half the window came with the prompt
+    decode(30);
+    CHECK(heard.count == 0);
+    CHECK(silent.count == 3 * votes);
+    decode(7);
+    cache.truncate(1);
+    engine.truncate(1);
+    --at;
+    decode(4);
+    CHECK(heard.count == votes);  // rows left within the window
+    decode(7);
+    cache.make_room(2);
+    engine.make_room(2);
+    decode(3);
+    CHECK(heard.count == votes);
+    cache.hold(true);
+    engine.hold(true);
+    decode(10);
+    cache.hold(false);
+    engine.hold(false);
+    cache.make_room(3);
+    engine.make_room(3);
+    CHECK(same_bits(cache.scores(0, 0), engine.scores(0, 0)));
 }
 
 TEST_CASE("parameters of R-KV that make no sense are refused", "[contract]") {

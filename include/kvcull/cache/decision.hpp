@@ -412,7 +412,7 @@ class Decision {
         if constexpr (TakesWorkspace<P>) workspace = policy.workspace(rows, shape.group(), dim);
         if constexpr (TakesWrapperWorkspace<P>)
             wrapper_workspace = policy.wrapper_workspace(rows, shape.group(), dim);
-        workers.reserve(shape, policy.needs(Phase::decode), rows, workspace, wrapper_workspace);
+        workers.reserve(shape, policy.needs(Phase::decode).shown(true), rows, workspace, wrapper_workspace);
     }
     /// Gives all scratch back.
     void trim() {

@@ -235,7 +235,7 @@ class Evictor {
                             decision_.due_now(live_, decision_.layer(layer), moment, coming);
         const bool leaves = spared && decision_.falls_out(live_, flat(layer, 0), coming);
         if (evicts || leaves) check_held(where, "cached", cached, flat(layer, 0), q.tokens);
-        const Needs needs = spared ? Needs{} : policy().needs(live_.phase);
+        const Needs needs = spared ? Needs{} : needs_of(policy(), moment);
         const bool waits = buffer_ > 0 && live_.phase == Phase::decode && q.tokens == 1 && out.empty() &&
                            detail::can_wait<P>(needs);
         if (!waits) detail::show_waiting(decision_, live_, layer, cached, admitted ? q.tokens : 0, false);
@@ -245,7 +245,7 @@ class Evictor {
                 .cached = cached,
                 .q = q,
                 .out = out,
-                .needs = needs,
+                .needs = needs.shown(!out.empty()),
                 .spared = spared,
                 .evicts = evicts,
                 .waits = waits,

@@ -73,7 +73,7 @@ class PartedHead {
     void merge(Observe&& observe) const {
         const std::size_t group = base_.group, parts = parts_.count(), values = base_.cached.v.dim();
         const Needs& needs = call_.needs;
-        const bool weights = needs.rows > 0 && needs.weights(true);
+        const bool weights = needs.rows > 0 && needs.attention;
         const AttentionRows all = rows(0);
         merge_parts(parts_, {scratch_.lse.data() + group, parts, group},
                     {scratch_.output.data() + group * values, parts * group, values}, weights, all);
@@ -84,9 +84,9 @@ class PartedHead {
         step.tokens = 1;
         step.q = query();
         step.visible = scratch_.visible;
-        if (weights || needs.logits || needs.output) {
+        if (needs.attention || needs.logits || needs.output) {
             step.lse = all.lse;
-            if (weights) step.attention = all.attention;
+            if (needs.attention) step.attention = all.attention;
             step.logits = all.logits;
             step.output = all.output;
         }

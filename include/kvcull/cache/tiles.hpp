@@ -170,7 +170,7 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
                    TileScratch& scratch, Observe&& observe) {
     const std::size_t n = base.n(), c = q.tokens, group = base.group;
     const std::size_t counted = c - std::min(needs.rows, c);  // first token that is observed
-    const bool weights = needs.weights(!out.empty()), asked = weights || needs.logits || needs.output;
+    const bool asked = needs.attention || needs.logits || needs.output;
     const std::size_t most = tile_tokens(group, n);
 
     for (std::size_t first = out.empty() ? counted : 0; first < c;) {
@@ -221,7 +221,7 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
                     }
             if (asked) {
                 step.lse = want.lse;
-                if (weights) step.attention = want.attention;
+                if (needs.attention) step.attention = want.attention;
                 step.logits = want.logits;
                 step.output = want.output;
             }

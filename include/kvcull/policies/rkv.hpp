@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "../score/concepts.hpp"
+#include "../score/heard_window.hpp"
 #include "../score/pool.hpp"
 #include "../score/redundancy.hpp"
 #include "snapkv.hpp"
@@ -13,8 +14,9 @@ namespace kvcull::inline KVCULL_ABI {
 /// R-KV (arXiv 2505.24133), for long generation: after every `interval` tokens, and at the end of a prompt,
 /// a head that holds more than its budget keeps the last `window` tokens and the best by sigma * importance -
 /// (1 - sigma) * redundancy, so it never exceeds budget + interval. State: the last `window` query rows of
-/// the group, 16 bytes per token. Cost at an eviction: O(G w n d), and for the redundancy each new key times
-/// every key, n^2 d / 2 multiply-adds at the first; nothing else.
+/// the group, 20 bytes per token. Cost at an eviction: for the importance O(G w n d), or O(G w n) spread over
+/// the steps of its window where these make attention, see `HeardWindow`; for the redundancy each new key
+/// times every key, n^2 d / 2 multiply-adds at the first; nothing else.
 struct RKV {
     static constexpr std::string_view name = "rkv";
     static constexpr bool bounded = true;  // scores lie within [-1, 1]
@@ -22,9 +24,11 @@ struct RKV {
     struct State {
         QueryRing queries;
         KeyLinks links;
+        HeardWindow heard;           // sums of importance
+        std::size_t candidates = 0;  // rows that they are over
 
-        [[nodiscard]] auto arrays() noexcept { return links.arrays(); }
-        [[nodiscard]] auto rest() noexcept { return std::tie(queries, links); }
+        [[nodiscard]] auto arrays() noexcept { return std::tuple_cat(links.arrays(), heard.arrays()); }
+        [[nodiscard]] auto rest() noexcept { return std::tie(queries, links, heard, candidates); }
     };
 
     std::size_t window = 8;
@@ -68,11 +72,30 @@ struct RKV {
         return moment.phase == Phase::decode && interval > 0 && moment.seen % interval < moment.tokens;
     }
     [[nodiscard]] constexpr Needs needs(Phase phase) const {
-        return {.rows = phase == Phase::probe ? 0 : window};
+        return {.rows = phase == Phase::probe ? 0 : window,
+                .logits_if_made = phase == Phase::decode && interval >= window};
+    }
+    /// Logits are heard in the last steps of an interval.
+    [[nodiscard]] constexpr Needs needs(const Moment& moment) const {
+        Needs needs = this->needs(moment.phase);
+        needs.logits_if_made &= (moment.seen + window - 1) % interval < window + moment.tokens - 1;
+        return needs;
     }
 
     void observe(State& state, const HeadStep& step) const {
-        if (step.tokens > 0) state.queries.push(window, step);
+        if (step.tokens == 0) return;
+        state.queries.push(window, step);
+        state.heard.follow(step, interval < window ? 0 : 1);
+        if (step.phase != Phase::decode || interval < window) return;
+        const std::size_t held = step.n() - step.added + step.first,
+                          before = static_cast<std::size_t>(step.cached.position[held]) % interval;
+        const auto add = [&](RowPlanes<float>& sums, std::size_t first, std::size_t count) {
+            if (before + first == interval - window)
+                state.candidates = held + first;  // all before the window
+            return state.candidates > 0 && state.candidates <= held + first &&
+                   add_importance(step, first, count, sums[0].first(state.candidates));
+        };
+        state.heard.hear(window, interval, before, !step.logits.empty(), step, add);
     }
     void prepare(State& state, const HeadStep& step) const {
         const RowsView& keys = step.cached.k;
@@ -98,8 +121,61 @@ struct RKV {
     /// of the group; mean over the tokens, pooled over neighbours. @returns false if a query
     /// or logit is not finite: all of it is NaN then.
     [[nodiscard]] bool importance(const State& state, const HeadStep& step, std::span<float> out) const {
-        const std::size_t rows = state.queries.size_before(step.next_position), dim = step.cached.k.dim(),
-                          count = out.size(), scratch = importance_scratch(count);
+        const std::size_t rows = state.queries.size_before(step.next_position);
+        bool known = state.heard.knows(rows, step.n());
+        if (known)
+            std::copy_n(state.heard.sums()[0].begin(), out.size(), out.begin());
+        else
+            known = sum_importance(state, step, rows, out);
+        for (float& x : out) x /= static_cast<float>(std::max<std::size_t>(rows, 1));
+        pool_scores(Pool::max, kernel, out, *step.workspace);
+        if (!known) std::fill(out.begin(), out.end(), quiet_nan());
+        return known;
+    }
+    /// How much each of the n rows repeats others; out[n], sums to 1, or all NaN. Of rows that were not
+    /// prepared the links are found for the moment. @param memory  `redundancy_memory(n, head_dim)` floats.
+    void redundancy(const State& state, const HeadStep& step, std::span<float> out, float* memory) const {
+        const simd::Kernels& kernels = *step.kernels;
+        const auto& [k, v, position] = step.cached;
+        if (kvcull::redundancy(kernels, k, position, state.links, out, memory)) return;
+        KeyLinks links = state.links;
+        std::apply([&](auto&... array) { (array.resize(out.size()), ...); }, links.arrays());
+        if (!find_links(kernels, k, position, rule(), links, memory) ||
+            !kvcull::redundancy(kernels, k, position, links, out, memory))
+            std::fill(out.begin(), out.end(), quiet_nan());
+    }
+    [[nodiscard]] static constexpr std::size_t redundancy_memory(std::size_t rows, std::size_t dim) noexcept {
+        return std::max(redundancy_scratch(rows, dim), link_scratch(rows, dim));
+    }
+
+  private:
+    /// Adds what tokens `first .. first + count - 1` of a tile say to sums[c], over the first c rows.
+    /// @returns false if a query or logit is not finite
+    [[nodiscard]] static bool add_importance(const HeadStep& step, std::size_t first, std::size_t count,
+                                             std::span<float> sums) {
+        float* const largest = step.workspace->get(sums.size());
+        for (std::size_t i = first; i < first + count; ++i) {
+            for (std::size_t g = 0; g < step.group; ++g) {
+                const std::size_t row = g * step.tokens + i;
+                const std::span<const float> q = step.q[row];
+                if (!std::all_of(q.begin(), q.end(), [](const float& x) { return is_finite(x); }))
+                    return false;
+                if (g == 0)
+                    std::copy_n(step.logits[row].begin(), sums.size(), largest);
+                else
+                    step.kernels->maximum(largest, step.logits[row].data(), sums.size());
+            }
+            float lse = 0.0F;
+            step.kernels->softmax(largest, sums.size(), &lse);
+            if (!is_finite(lse)) return false;
+            step.kernels->add(sums.data(), largest, sums.size());
+        }
+        return true;
+    }
+    /// The sums of the ring's `rows` tokens, from their queries. @returns false as `add_importance`
+    [[nodiscard]] static bool sum_importance(const State& state, const HeadStep& step, std::size_t rows,
+                                             std::span<float> out) {
+        const std::size_t dim = step.cached.k.dim(), count = out.size(), scratch = importance_scratch(count);
         float* const memory = step.workspace->get(scratch + step.group * rows * dim);
         const float* const q = memory + scratch;
         state.queries.copy_to(0, rows, memory + scratch);
@@ -138,28 +214,8 @@ struct RKV {
             }
             step.kernels->add_rows(out.data(), largest, count, tokens, count);
         }
-        for (float& x : out) x /= static_cast<float>(std::max<std::size_t>(rows, 1));
-        pool_scores(Pool::max, kernel, out, *step.workspace);
-        if (!known) std::fill(out.begin(), out.end(), quiet_nan());
         return known;
     }
-    /// How much each of the n rows repeats others; out[n], sums to 1, or all NaN. Of rows that were not
-    /// prepared the links are found for the moment. @param memory  `redundancy_memory(n, head_dim)` floats.
-    void redundancy(const State& state, const HeadStep& step, std::span<float> out, float* memory) const {
-        const simd::Kernels& kernels = *step.kernels;
-        const auto& [k, v, position] = step.cached;
-        if (kvcull::redundancy(kernels, k, position, state.links, out, memory)) return;
-        KeyLinks links = state.links;
-        std::apply([&](auto&... array) { (array.resize(out.size()), ...); }, links.arrays());
-        if (!find_links(kernels, k, position, rule(), links, memory) ||
-            !kvcull::redundancy(kernels, k, position, links, out, memory))
-            std::fill(out.begin(), out.end(), quiet_nan());
-    }
-    [[nodiscard]] static constexpr std::size_t redundancy_memory(std::size_t rows, std::size_t dim) noexcept {
-        return std::max(redundancy_scratch(rows, dim), link_scratch(rows, dim));
-    }
-
-  private:
     [[nodiscard]] constexpr LinkRule rule() const noexcept { return {key_threshold, retain}; }
     static constexpr std::size_t vote_block = 256;  // rows
     [[nodiscard]] static constexpr std::size_t importance_scratch(std::size_t rows) noexcept {

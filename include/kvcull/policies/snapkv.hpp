@@ -7,6 +7,7 @@
 
 #include "../attention/attend.hpp"
 #include "../score/concepts.hpp"
+#include "../score/heard_window.hpp"
 #include "../score/pool.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
@@ -143,61 +144,6 @@ void window_votes(const HeadStep& step, MatrixView<const float> q, const Positio
     }
 }
 
-/// Attention of the last `window` of every `interval` decoded tokens, summed where their own steps make it:
-/// the sums of `window_votes`, which then need not be computed. They have the same bits, as no row leaves
-/// before they are used; where a step attends to a long head in parts, they agree to rounding. State: 4 bytes
-/// per row and head of the group. Cost: O(G n) per token that counts.
-class HeardWindow {
-  public:
-    /// Takes a tile, with its attention or without.
-    void observe(std::size_t window, std::size_t interval, const HeadStep& step) {
-        if (interval < window) return;
-        if (!step.attention.empty() && sums_.planes() == 0) sums_.set_planes(step.group, step.n());
-        const bool decoded = step.phase == Phase::decode;
-        if (step.first_tile) {
-            if (!decoded || rows_ != step.n() - step.added) decoded_ = counted_ = 0;
-            decoded_ += decoded ? step.added : 0;
-            rows_ = step.n();
-        }
-        if (!decoded) return;
-        const std::size_t silent = interval - window, before = decoded_ - step.added + step.first,
-                          begin = std::max(before, silent), after = before + step.tokens;
-        if (after <= silent) return;
-        if (begin == silent) {
-            for (std::size_t g = 0; g < sums_.planes(); ++g)
-                std::fill(sums_[g].begin(), sums_[g].end(), 0.0F);
-            counted_ = 0;
-        }
-        if (step.attention.empty() || after > interval || counted_ != begin - silent) {
-            counted_ = 0;
-            return;
-        }
-        for (std::size_t g = 0; g < step.group; ++g)
-            step.kernels->add_rows(sums_[g].data(), step.attention[g * step.tokens + begin - before].data(),
-                                   step.attention.stride, after - begin, step.n());
-        counted_ = after - silent;
-    }
-    /// Whether the sums are those of the newest `tokens` tokens over the `rows` rows that are held.
-    [[nodiscard]] bool knows(std::size_t tokens, std::size_t rows) const noexcept {
-        return counted_ == tokens && rows_ == rows;
-    }
-    /// What `window_votes` writes.
-    void write(Group reduce, std::span<float> raw) const noexcept {
-        std::fill(raw.begin(), raw.end(), 0.0F);
-        for (std::size_t g = 0; g < sums_.planes(); ++g)
-            add_votes(sums_[g], counted_, sums_.planes(), reduce, raw);
-    }
-
-    [[nodiscard]] auto arrays() noexcept { return std::tie(sums_); }
-    [[nodiscard]] auto parts() noexcept { return std::tie(rows_, decoded_, counted_); }
-
-  private:
-    RowPlanes<float> sums_;    // of each query head
-    std::size_t rows_ = 0;     // held when the newest token had come
-    std::size_t decoded_ = 0;  // tokens since rows left or a prompt ended
-    std::size_t counted_ = 0;  // the newest tokens, in the sums; 0: none
-};
-
 /// SnapKV (arXiv 2404.14469): after the prompt, the attention that its last `window` tokens paid to each
 /// earlier token, smoothed over neighbours, is the score; the window stays. Nothing is evicted while decoding
 /// unless `decode_interval` is set: then again every so many tokens, so a head never exceeds budget +
@@ -255,7 +201,16 @@ struct SnapKV {
     void observe(State& state, const HeadStep& step) const {
         if (step.tokens == 0) return;
         state.queries.push(window, step);
-        state.heard.observe(window, decode_interval, step);
+        const bool audible = !step.attention.empty();
+        const std::size_t before = state.heard.follow(step, audible ? step.group : 0);
+        if (step.phase != Phase::decode) return;
+        const auto add = [&step](RowPlanes<float>& sums, std::size_t first, std::size_t count) {
+            for (std::size_t g = 0; g < step.group; ++g)
+                step.kernels->add_rows(sums[g].data(), step.attention[g * step.tokens + first].data(),
+                                       step.attention.stride, count, step.n());
+            return true;
+        };
+        state.heard.hear(window, decode_interval, before, audible, step, add);
     }
     void score(const State& state, const HeadStep& step, std::span<float> out) const {
         votes(state, step, out);
@@ -266,7 +221,12 @@ struct SnapKV {
     void votes(const State& state, const HeadStep& step, std::span<float> out) const {
         const std::size_t held = state.queries.size_before(step.next_position), rows = std::min(held, window),
                           first = held - rows, dim = step.cached.k.dim();
-        if (state.heard.knows(rows, step.n())) return state.heard.write(gqa, out);
+        if (state.heard.knows(rows, step.n())) {
+            const RowPlanes<float>& sums = state.heard.sums();
+            std::fill(out.begin(), out.end(), 0.0F);
+            for (std::size_t g = 0; g < sums.planes(); ++g) add_votes(sums[g], rows, sums.planes(), gqa, out);
+            return;
+        }
         const std::size_t scratch = vote_scratch(step.n());
         float* const memory = step.workspace->get(scratch + step.group * rows * dim);
         state.queries.copy_to(first, rows, memory + scratch);

@@ -50,15 +50,18 @@ struct Needs {
     /// Their softmax weights, logits as softmax sees them, and outputs. The queries themselves and their
     /// log-sum-exp come with `attention`, `logits` or `output`; `rows` alone gives the queries.
     bool attention = false, logits = false, output = false;
-    /// The weights too where a call makes them for its outputs; none are made for this alone.
-    bool attention_if_made = false;
+    /// Weights or logits too where a call makes them for its outputs; none are made for this alone.
+    bool attention_if_made = false, logits_if_made = false;
     /// A call says nothing that the next one leaves standing: of queries that wait only the newest is shown,
     /// as that of a call which brought all their tokens.
     bool replaced = false;
 
-    /// Whether weights are shown. @param outputs  the call computes outputs
-    [[nodiscard]] constexpr bool weights(bool outputs) const noexcept {
-        return attention || (attention_if_made && outputs);
+    /// What is shown in a call that computes outputs, or in one that does not.
+    [[nodiscard]] constexpr Needs shown(bool outputs) const noexcept {
+        Needs needs = *this;
+        needs.attention |= attention_if_made && outputs;
+        needs.logits |= logits_if_made && outputs;
+        return needs;
     }
 };
 
@@ -232,6 +235,11 @@ concept Policy = std::copyable<P> && std::default_initializable<typename P::Stat
     };
 };
 
+/// Says of a single call what it wants to see in it: no more than `needs(phase)` announces.
+template <class P>
+concept NeedsByCall = requires(const P policy, const Moment& moment) {
+    { policy.needs(moment) } -> std::same_as<Needs>;
+};
 /// Says itself when to evict.
 template <class P>
 concept Triggered = requires(const P policy, const Moment& moment) {
@@ -362,6 +370,14 @@ concept FollowsLogits = P::follows_logits;
 template <class P>
 inline constexpr bool decides_late = SequenceState<P> || Lookahead<P>;
 
+/// `moment`: of the call's end.
+template <class P>
+[[nodiscard]] constexpr Needs needs_of(const P& policy, const Moment& moment) {
+    if constexpr (NeedsByCall<P>)
+        return policy.needs(moment);
+    else
+        return policy.needs(moment.phase);
+}
 template <class P>
 [[nodiscard]] constexpr Scope scope_of(const P& policy) {
     if constexpr (Scoped<P>) return policy.scope();
