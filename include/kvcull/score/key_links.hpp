@@ -173,12 +173,18 @@ class LinkSearch {
         return count;
     }
     void list(Tile& tile, std::size_t first, std::size_t last, position_t best) const noexcept {
-        tile.count = 0;
-        for (const bool seeking : {true, false}) {
-            for (std::size_t i = first; i < last; ++i)
-                if (const std::size_t j = row(i); seeks(j, best) == seeking) tile.row[tile.count++] = j;
-            if (seeking) tile.seekers = tile.count;
+        std::array<std::size_t, link_tile> others;
+        std::size_t seeking = 0, rest = 0;
+        for (std::size_t i = first; i < last; ++i) {  // both are written: who seeks is hard to predict
+            const std::size_t j = row(i);
+            const bool yes = seeks(j, best);
+            tile.row[seeking] = others[rest] = j;
+            seeking += yes ? 1 : 0;
+            rest += yes ? 0 : 1;
         }
+        std::copy_n(others.begin(), rest, tile.row.begin() + static_cast<std::ptrdiff_t>(seeking));
+        tile.seekers = seeking;
+        tile.count = seeking + rest;
     }
     /// out[dim] = factor * key
     void scale_key(std::size_t row, const float& factor, float* out) const noexcept {
