@@ -20,9 +20,9 @@ void for_every_saved_policy(const Visit& visit) {
     visit(kvcull::KeyNorm{.recent = 1});
     visit(kvcull::EpiCache{.sinks = 1});
     visit(kvcull::KeyDiff{.sinks = 1});
-    visit(kvcull::SnapKV{.window = 3, .kernel = 3, .decode_interval = 2});
-    visit(kvcull::RKV{.window = 3, .interval = 2, .kernel = 3});
-    visit(kvcull::SkipKV<>{{.window = 3, .interval = 2, .kernel = 3}, {.delimiters = {2}}});
+    visit(kvcull::SnapKV{.window = 3, .kernel = 3, .decode_interval = 4});
+    visit(kvcull::RKV{.window = 3, .interval = 4, .kernel = 3});
+    visit(kvcull::SkipKV<>{{.window = 3, .interval = 4, .kernel = 3}, {.delimiters = {2}}});
     visit(kvcull::OBCache{.kind = kvcull::OBCache::Score::joint, .recent = 2, .lagged = true});
     visit(kvcull::Caote<>{.base = {.base = kvcull::PerHeadAttention::Rows::h2o}});
     visit(kvcull::FastCaote<>{});
