@@ -340,52 +340,21 @@ TEST_CASE("importance heard in its own steps is that which is computed anew, bit
         for (const simd::Isa isa : simd::all_isas) {
             if (!simd::available(isa)) continue;
             CAPTURE(group, name_of(isa), policy.interval);
-            KVCache hears(shape, policy, Budget{.tokens = 20});
-            Engine<RKV> asks(shape, policy, Budget{.tokens = 20}),
-                hears_some(shape, policy, Budget{.tokens = 20});
-            hears.set_kernels(simd::kernels_for(isa));
-            asks.set_kernels(simd::kernels_for(isa));
-            hears_some.set_kernels(simd::kernels_for(isa));
-            std::size_t at = 0;
-            const auto decode = [&](std::size_t calls, std::size_t count) {
-                for (; calls > 0; --calls, at += count) {
-                    feed(hears, stream, at, count);
-                    feed_silently(asks, stream, at, count);
-                    if (at % 20 == 3)
-                        feed_silently(hears_some, stream, at, count);
-                    else
-                        feed(hears_some, stream, at, count);
-                    REQUIRE((all_positions(hears) == all_positions(asks)));
-                    REQUIRE((all_positions(hears_some) == all_positions(asks)));
-                    for (std::size_t head = 0; head < 2; ++head) {
-                        const std::vector<float> want = asks.scores(0, head);
-                        REQUIRE(same_bits(hears.scores(0, head), want));
-                        REQUIRE(same_bits(hears_some.scores(0, head), want));
-                    }
-                }
-            };
-            const auto all = [&](const auto& call) {
-                call(hears);
-                call(asks);
-                call(hears_some);
-            };
-            decode(4, 1);
-            all([](auto& cache) { cache.begin_prompt(); });
-            decode(3, 9);
-            all([](auto& cache) { cache.end_prompt(); });
-            decode(35, 1);
-            decode(6, 2);
-            decode(3, 8);
-            all([](auto& cache) { cache.truncate(1); });
-            --at;
-            decode(20, 1);
-            all([](auto& cache) { cache.make_room(3); });
-            decode(4, 1);
-            all([](auto& cache) { cache.hold(true); });
-            decode(17, 1);
-            all([](auto& cache) { cache.hold(false); });
-            decode(17, 1);
-            REQUIRE(at < stream.tokens);
+            Listeners<RKV> three(stream, policy, Budget{.tokens = 20}, isa);
+            three.decode(4, 1);
+            three.prompt(3, 9);
+            three.decode(35, 1);
+            three.decode(6, 2);
+            three.decode(3, 8);
+            three.truncate(1);
+            three.decode(20, 1);
+            three.make_room(3);
+            three.decode(4, 1);
+            three.hold(true);
+            three.decode(17, 1);
+            three.hold(false);
+            three.decode(17, 1);
+            REQUIRE(three.tokens() < stream.tokens);
         }
 }
 

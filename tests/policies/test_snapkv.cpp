@@ -426,64 +426,29 @@ TEST_CASE("votes heard in their own steps are those that are computed anew, bit 
             if (!simd::available(isa)) continue;
             const std::size_t interval = policy.decode_interval;
             CAPTURE(group, name_of(isa), interval);
-            KVCache hears(shape, policy, Budget{.tokens = 20});
-            Engine<SnapKV> asks(shape, policy, Budget{.tokens = 20}),
-                hears_some(shape, policy, Budget{.tokens = 20});
-            hears.set_kernels(simd::kernels_for(isa));
-            asks.set_kernels(simd::kernels_for(isa));
-            hears_some.set_kernels(simd::kernels_for(isa));
-            std::size_t at = 0;
-            const auto decode = [&](std::size_t calls, std::size_t count) {
-                for (; calls > 0; --calls, at += count) {
-                    feed(hears, stream, at, count);
-                    feed_silently(asks, stream, at, count);
-                    if (at % 20 == 3)
-                        feed_silently(hears_some, stream, at, count);
-                    else
-                        feed(hears_some, stream, at, count);
-                    REQUIRE((all_positions(hears) == all_positions(asks)));
-                    REQUIRE((all_positions(hears_some) == all_positions(asks)));
-                    for (std::size_t i = 0; i < shape.heads(); ++i) {
-                        const std::vector<float> want = asks.scores(i / 2, i % 2);
-                        REQUIRE(same_bits(hears.scores(i / 2, i % 2), want));
-                        REQUIRE(same_bits(hears_some.scores(i / 2, i % 2), want));
-                    }
-                }
-            };
-            const auto all = [&](const auto& call) {
-                call(hears);
-                call(asks);
-                call(hears_some);
-            };
-            const auto prompt = [&](std::size_t calls, std::size_t count) {
-                all([](auto& cache) { cache.begin_prompt(); });
-                decode(calls, count);
-                all([](auto& cache) { cache.end_prompt(); });
-            };
-            decode(4, 1);
-            prompt(3, 9);
-            decode(40, 1);
-            decode(9, 2);
-            decode(3, 8);
-            decode(11, 1);
-            all([](auto& cache) { cache.truncate(1); });
-            --at;
-            decode(2 * interval, 1);
-            all([](auto& cache) { cache.make_room(3); });
-            decode(4, 1);
-            all([](auto& cache) { cache.truncate(2); });
-            at -= 2;
-            decode(1, 3);
-            all([](auto& cache) { cache.hold(true); });
-            decode(interval + 2, 1);
-            all([](auto& cache) { cache.hold(false); });
-            prompt(1, 2);
-            decode(2 * interval, 1);
-            all([](auto& cache) { cache.hold(true); });
-            decode(interval - 3, 1);
-            prompt(1, 2);
-            decode(6, 1);
-            REQUIRE(at < stream.tokens);
+            Listeners<SnapKV> three(stream, policy, Budget{.tokens = 20}, isa);
+            three.decode(4, 1);
+            three.prompt(3, 9);
+            three.decode(40, 1);
+            three.decode(9, 2);
+            three.decode(3, 8);
+            three.decode(11, 1);
+            three.truncate(1);
+            three.decode(2 * interval, 1);
+            three.make_room(3);
+            three.decode(4, 1);
+            three.truncate(2);
+            three.decode(1, 3);
+            three.hold(true);
+            three.decode(interval + 2, 1);
+            three.hold(false);
+            three.prompt(1, 2);
+            three.decode(2 * interval, 1);
+            three.hold(true);
+            three.decode(interval - 3, 1);
+            three.prompt(1, 2);
+            three.decode(6, 1);
+            REQUIRE(three.tokens() < stream.tokens);
         }
 }
 
