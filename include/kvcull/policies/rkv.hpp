@@ -24,11 +24,10 @@ struct RKV {
     struct State {
         QueryRing queries;
         KeyLinks links;
-        HeardWindow heard;           // sums of importance
-        std::size_t candidates = 0;  // rows that they are over
+        HeardWindow heard;  // sums of importance
 
         [[nodiscard]] auto arrays() noexcept { return std::tuple_cat(links.arrays(), heard.arrays()); }
-        [[nodiscard]] auto rest() noexcept { return std::tie(queries, links, heard, candidates); }
+        [[nodiscard]] auto rest() noexcept { return std::tie(queries, links, heard); }
     };
 
     std::size_t window = 8;
@@ -90,10 +89,10 @@ struct RKV {
         const std::size_t held = step.n() - step.added + step.first,
                           before = static_cast<std::size_t>(step.cached.position[held]) % interval;
         const auto add = [&](RowPlanes<float>& sums, std::size_t first, std::size_t count) {
-            if (before + first == interval - window)
-                state.candidates = held + first;  // all before the window
-            return state.candidates > 0 && state.candidates <= held + first &&
-                   add_importance(step, first, count, sums[0].first(state.candidates));
+            // All rows before the window are candidates, none of its own.
+            const std::size_t own = before + first - (interval - window);
+            return held + first > own &&
+                   add_importance(step, first, count, sums[0].first(held + first - own));
         };
         state.heard.hear(window, interval, before, !step.logits.empty(), step, add);
     }
