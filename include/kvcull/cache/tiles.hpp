@@ -162,8 +162,9 @@ struct TokenMask {
 
 /// Runs the query tokens of one KV head over `base.cached` and calls `observe(step)` for every tile of the
 /// last `needs.rows` tokens, or once with an empty tile if there are none.
-/// @param q    [q_heads, c, d]; the group's heads begin at `first_head`.
-/// @param out  [q_heads, c, d_v], or empty: then only what `needs` asks for is computed.
+/// @param q      [q_heads, c, d]; the group's heads begin at `first_head`.
+/// @param out    [q_heads, c, d_v], or empty: then only what `needs` asks for is computed.
+/// @param needs  as `shown` in such a call.
 template <class Observe>
 void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::size_t first_head,
                    const TokenMask& mask, const HeadsView<float>& out, const Needs& needs,

@@ -14,8 +14,7 @@ namespace kvcull::inline KVCULL_ABI {
 /// Sums over the last `window` of every `interval` decoded tokens, taken where their own steps make the
 /// weights or logits, so that an eviction at the interval's end need not compute them a second time. They
 /// stand for what would be computed then as long as no row leaves before.
-/// State: 4 bytes per row and plane, once there are any. Cost: that of `add`, for the tokens of a
-/// window.
+/// State: 4 bytes per row and plane, once there are any. Cost: that of `add`, for a window's tokens.
 class HeardWindow {
   public:
     /// Takes notice of a tile.
