@@ -361,48 +361,26 @@ TEST_CASE("importance heard in its own steps is that which is computed anew, bit
 TEST_CASE("no query is asked again whose whole window was heard", "[property]") {
     const Stream stream = random_stream(small, 110, 52);
     const RKV policy{.window = 6, .interval = 10};
-    AskedAgain heard, silent;
-    KVCache cache(small, policy, Budget{.tokens = 20});
-    Engine<RKV> engine(small, policy, Budget{.tokens = 20});
-    feed_prompt(cache, stream, 0, 37, 37);
-    feed_prompt(engine, stream, 0, 37, 37);
-    cache.set_bias(heard.bias());
-    engine.set_bias(silent.bias());
-    std::size_t at = 37;
-    const auto decode = [&](std::size_t calls) {
-        heard.count = silent.count = 0;
-        for (; calls > 0; --calls, ++at) {
-            heard.newest = silent.newest = stream.position(at);
-            feed(cache, stream, at, 1);
-            feed_silently(engine, stream, at, 1);
-        }
-        REQUIRE((all_positions(cache) == all_positions(engine)));
-    };
+    HeardOrAsked<RKV> both(stream, policy, Budget{.tokens = 20}, 37);
     const std::size_t votes = 5 * small.q_heads;  // of all but the newest token
-    decode(3);
-    CHECK(heard.count == votes);  // half the window came with the prompt
-    decode(30);
-    CHECK(heard.count == 0);
-    CHECK(silent.count == 3 * votes);
-    decode(7);
-    cache.truncate(1);
-    engine.truncate(1);
-    --at;
-    decode(4);
-    CHECK(heard.count == votes);  // rows left within the window
-    decode(7);
-    cache.make_room(2);
-    engine.make_room(2);
-    decode(3);
-    CHECK(heard.count == votes);
-    cache.hold(true);
-    engine.hold(true);
-    decode(10);
-    cache.hold(false);
-    engine.hold(false);
-    cache.make_room(3);
-    engine.make_room(3);
-    CHECK(same_bits(cache.scores(0, 0), engine.scores(0, 0)));
+    both.decode(3);
+    CHECK(both.heard.count == votes);  // half the window came with the prompt
+    both.decode(30);
+    CHECK(both.heard.count == 0);
+    CHECK(both.silent.count == 3 * votes);
+    both.decode(7);
+    both.truncate(1);
+    both.decode(4);
+    CHECK(both.heard.count == votes);  // rows left within the window
+    both.decode(7);
+    both.all([](auto& one) { one.make_room(2); });
+    both.decode(3);
+    CHECK(both.heard.count == votes);
+    both.all([](auto& one) { one.hold(true); });
+    both.decode(10);
+    both.all([](auto& one) { one.hold(false); });
+    both.all([](auto& one) { one.make_room(3); });
+    CHECK(same_bits(both.cache.scores(0, 0), both.engine.scores(0, 0)));
 }
 
 TEST_CASE("parameters of R-KV that make no sense are refused", "[contract]") {

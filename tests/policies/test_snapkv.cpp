@@ -455,46 +455,27 @@ TEST_CASE("votes heard in their own steps are those that are computed anew, bit 
 TEST_CASE("nobody is asked again whose whole window was heard", "[property]") {
     const Stream stream = random_stream(small, 140, 22);
     const SnapKV policy{.window = 6, .kernel = 3, .decode_interval = 10};
-    AskedAgain heard, silent;
-    KVCache cache(small, policy, Budget{.tokens = 20});
-    Engine<SnapKV> engine(small, policy, Budget{.tokens = 20});
-    feed_prompt(cache, stream, 0, 30, 30);
-    feed_prompt(engine, stream, 0, 30, 30);
-    cache.set_bias(heard.bias());
-    engine.set_bias(silent.bias());
+    HeardOrAsked<SnapKV> both(stream, policy, Budget{.tokens = 20}, 30);
     const std::size_t votes = 5 * small.q_heads;  // of all but the newest token
-    std::size_t at = 30;
-    const auto decode = [&](std::size_t calls, std::size_t count) {
-        heard.count = silent.count = 0;
-        for (; calls > 0; --calls, at += count) {
-            heard.newest = silent.newest = stream.position(at + count - 1);
-            feed(cache, stream, at, count);
-            feed_silently(engine, stream, at, count);
-        }
-        REQUIRE((all_positions(cache) == all_positions(engine)));
-    };
-    decode(30, 1);
-    CHECK(heard.count == 0);
-    CHECK(silent.count == 3 * votes);
-    decode(4, 1);
-    cache.truncate(1);
-    engine.truncate(1);
-    --at;
-    decode(7, 1);
-    CHECK(heard.count == votes);  // rows left within the interval
-    decode(10, 1);
-    CHECK(heard.count == 0);
-    decode(2, 1);
-    heard.count = 0;
-    KVCache fork = cache.fork();
-    decode(8, 1);
-    CHECK(heard.count == 0);
-    for (at -= 8; fork.seen() < cache.seen(); ++at) {
-        heard.newest = stream.position(at);
+    both.decode(30);
+    CHECK(both.heard.count == 0);
+    CHECK(both.silent.count == 3 * votes);
+    both.decode(4);
+    both.truncate(1);
+    both.decode(7);
+    CHECK(both.heard.count == votes);  // rows left within the interval
+    both.decode(10);
+    CHECK(both.heard.count == 0);
+    both.decode(2);
+    KVCache fork = both.cache.fork();
+    both.decode(8);
+    CHECK(both.heard.count == 0);
+    for (std::size_t at = both.at - 8; fork.seen() < both.cache.seen(); ++at) {
+        both.heard.newest = stream.position(at);
         feed(fork, stream, at, 1);
     }
-    CHECK(heard.count == 0);
-    CHECK((all_positions(fork) == all_positions(cache)));
+    CHECK(both.heard.count == 0);
+    CHECK((all_positions(fork) == all_positions(both.cache)));
 }
 
 TEST_CASE("a call of several decoded tokens is heard too", "[property]") {

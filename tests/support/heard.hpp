@@ -29,6 +29,50 @@ struct AskedAgain {
     }
 };
 
+/// A cache whose policy hears attention and an engine where it does not, after the same prompt: who is
+/// asked again in either, while they must hold the same rows.
+template <class P>
+struct HeardOrAsked {
+    HeardOrAsked(const Stream& tokens, const P& policy, Budget budget, std::size_t prompt)
+        : stream(tokens),
+          at(prompt),
+          cache(stream.shape, policy, budget),
+          engine(stream.shape, policy, budget) {
+        all([&](auto& one) { feed_prompt(one, stream, 0, prompt, prompt); });
+        cache.set_bias(heard.bias());
+        engine.set_bias(silent.bias());
+    }
+    HeardOrAsked(const HeardOrAsked&) = delete;  // the biases know where it is
+    HeardOrAsked& operator=(const HeardOrAsked&) = delete;
+
+    /// `call(one)` of both.
+    template <class Call>
+    void all(const Call& call) {
+        call(cache);
+        call(engine);
+    }
+    /// Counts those asked again in these calls.
+    void decode(std::size_t calls, std::size_t count = 1) {
+        heard.count = silent.count = 0;
+        for (; calls > 0; --calls, at += count) {
+            heard.newest = silent.newest = stream.position(at + count - 1);
+            feed(cache, stream, at, count);
+            feed_silently(engine, stream, at, count);
+        }
+        REQUIRE((all_positions(cache) == all_positions(engine)));
+    }
+    void truncate(std::size_t tokens) {
+        all([&](auto& one) { one.truncate(tokens); });
+        at -= tokens;
+    }
+
+    const Stream& stream;
+    std::size_t at;
+    AskedAgain heard, silent;
+    KVCache<P> cache;
+    Engine<P> engine;
+};
+
 /// A cache whose policy hears attention, an engine where it never does, and one where it misses some: they
 /// must hold the same rows and give them the same scores, bit for bit, after every call.
 template <class P>
