@@ -216,7 +216,7 @@ TEST_CASE("a hook sees what enters every layer and what leaves the last, and may
             if (at.layer == layers && !prompt) {
                 const Eigen::Map<const RowMajorMatrix> hidden(at.hidden.data, 2,
                                                               static_cast<Eigen::Index>(at.hidden.cols));
-                CHECK(excess(hidden * model.head().transpose(), want) < 0);
+                CHECK(excess(hidden.lazyProduct(model.head().transpose()), want) < 0);
             }
         });
         CHECK((seen == std::vector<std::size_t>{0, 1, 2, 3, 4, 0, 1, 2, 3, 4}));
