@@ -66,10 +66,11 @@ void require_full_attention(Cache& cache, const Stream& stream, std::size_t chun
                     const auto want = full_attention(stream, layer, head, first + i, slopes);
                     const float* got =
                         out.data() + ((layer * shape.q_heads + head) * count + i) * shape.values();
-                    for (std::size_t c = 0; c < want.size(); ++c) {
-                        INFO("layer " << layer << ", head " << head << ", token " << first + i);
-                        REQUIRE(close(got[c], want[c], 2e-5, 2e-5));
-                    }
+                    bool good = true;
+                    for (std::size_t c = 0; c < want.size(); ++c)
+                        good = good && close(got[c], want[c], 2e-5, 2e-5);
+                    CAPTURE(layer, head, first + i);
+                    REQUIRE(good);
                 }
         first += count;
         if (first == prompt) cache.end_prompt();
