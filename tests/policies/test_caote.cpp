@@ -248,12 +248,13 @@ TEST_CASE("with one query head all reductions agree; equal query heads make rss 
 
 TEST_CASE("scaling all base scores changes nothing; bad base scores are refused, NaN counts as nothing",
           "[property]") {
-    const Stream stream = random_stream(single, 10, 4);
+    Stream stream = random_stream(single, 10, 4);
+    for (float& x : stream.v) x *= 16.0F;  // sums of them under the largest scores leave float's range
     std::vector<float> base{1, 2, 0, 0.5F, 4, 0.25F, 1, 1, 3, 2};
     const RowsView v(stream.v.data(), 10, 8, 8);
     for (const bool fast : {false, true}) {
         const std::vector<double> want = closed_form(base, v, fast);
-        for (const float scale : {1.0F, 1e-30F, 1e30F}) {
+        for (const float scale : {1.0F, 1e-30F, 1e30F, 2e37F}) {
             std::vector<float> scaled = base;
             for (float& x : scaled) x *= scale;
             CHECK(near(scores_with(scaled, stream, fast), want));
@@ -462,8 +463,10 @@ TEST_CASE("equal values leave the choice to recency, and the last row of a head 
     CHECK(same_bits(one.scores(0, 0)[0], positive_infinity()));
 }
 
-TEST_CASE("before any query row was seen all weights are equal", "[property]") {
+TEST_CASE("before any query row was seen, or any that is finite, all weights are equal", "[property]") {
     const Stream stream = random_stream(small, 3, 12);
+    Stream unseen = stream;
+    std::fill(unseen.q.begin(), unseen.q.end(), quiet_nan());
     const std::vector<float> uniform(3, 1.0F);
     for (const Rows rows : {Rows::tova, Rows::h2o, Rows::snapkv})
         for (const bool fast : {false, true}) {
@@ -471,5 +474,8 @@ TEST_CASE("before any query row was seen all weights are equal", "[property]") {
             CHECK(cache.scores(0, 1).empty());
             cache.append(0, stream.keys(0, 0, 3), stream.values(0, 0, 3));
             CHECK(near(cache.scores(0, 1), closed_form(uniform, cache.view(0, 1).v)));
+            KVCache bad(cache.shape(), cache.policy(), roomy);
+            feed_decode(bad, unseen, 0, 3);
+            CHECK(near(bad.scores(0, 1), closed_form(uniform, bad.view(0, 1).v)));
         }
 }
