@@ -211,8 +211,9 @@ TEST_CASE("between steps, calls with wrong arguments or out of order are refused
                                  wrong.heads[2].k = first_rows(wrong.heads[2].k, 7);
                                  e.make_room(wrong.view(), 1);
                              }),
-        refused<shape_error>("Evictor::truncate: tokens is 13, want at most the 12 seen",
-                             [](E& e, Foreign& r, const TokenStream&) { e.truncate(r.view(), 13); }),
+        refused<shape_error>(
+            "Evictor::truncate: tokens is 13, want at most the 12 seen since the last gap in positions",
+            [](E& e, Foreign& r, const TokenStream&) { e.truncate(r.view(), 13); }),
         refused<shape_error>("Evictor::truncate: cached.kv_heads is 0, want 2",
                              [](E& e, Foreign&, const TokenStream&) { e.truncate({}, 1); }),
         refused<shape_error>("Evictor::propose: cached.kv_heads is 0, want 2",

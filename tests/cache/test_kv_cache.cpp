@@ -610,7 +610,7 @@ TEST_CASE("truncate drops the newest tokens, shared blocks or not", "[contract]"
             for (std::size_t i = 0; i < 4; ++i) REQUIRE(cache.positions(i / 2, i % 2) == expected[i]);
         }
         REQUIRE(failure<error::shape_error>([&] { cache.truncate(6); }) ==
-                "Evictor::truncate: tokens is 6, want at most the 5 seen");
+                "Evictor::truncate: tokens is 6, want at most the 5 seen since the last gap in positions");
         feed(cache, stream, 5, 1);
         const auto held = cache.positions(0, 0);
         REQUIRE(held.back() == 5);
@@ -661,7 +661,7 @@ TEST_CASE("a refused call leaves the cache as it was", "[contract]") {
          failure<state_error>([&] { cache.end_prompt(); })},
         {"Evictor::make_room: tokens is 9, want at most the budget 8",
          failure<shape_error>([&] { cache.make_room(9); })},
-        {"Evictor::truncate: tokens is 15, want at most the 14 seen",
+        {"Evictor::truncate: tokens is 15, want at most the 14 seen since the last gap in positions",
          failure<shape_error>([&] { cache.truncate(15); })},
         {"KVCache::probe: layer is 2, want below 2",
          failure<shape_error>([&] { cache.probe(2, q, k, v, out.layer(0)); })},

@@ -255,6 +255,7 @@ TEST_CASE("what a file says must make sense even if its checksum holds", "[contr
           "load: positions of head 1 is out of range or repeated, want each once, below 9");
     CHECK(refusal("layer.0.position", 0, -1).find("positions of head 0") != std::string::npos);
     CHECK(refusal("live", 3, 2) == "load: phase is 2, want 0 or 1");
+    CHECK(refusal("live", 6, 10) == "load: tokens without a gap is 10, want at most 9");
 }
 
 TEST_CASE("a pool without room for it leaves the cache as it was", "[contract]") {

@@ -37,6 +37,8 @@ TEST_CASE("a shape that cannot be is refused by the name of its field", "[contra
     REQUIRE(refused([](CacheShape& s) { s.dtype = DType::f16; }) == "no error");
     REQUIRE(refused([](CacheShape& s) { s.dtype = DType::bf16; }) == "no error");
     REQUIRE(refused([](CacheShape& s) { s.layers = 0; }) == "CacheShape: layers is 0, want at least 1");
+    REQUIRE(refused([](CacheShape& s) { s.layers = static_cast<std::size_t>(-1) / 2; }) ==
+            "CacheShape: layers is 9223372036854775807, want at most 1073741824, with kv_heads = 2");
     REQUIRE(refused([](CacheShape& s) { s.kv_heads = 0; }) == "CacheShape: kv_heads is 0, want at least 1");
     REQUIRE(refused([](CacheShape& s) { s.head_dim = 0; }) == "CacheShape: head_dim is 0, want at least 1");
     REQUIRE(refused([](CacheShape& s) { s.q_heads = 0; }) ==

@@ -33,7 +33,7 @@ bool same_live(const Live<P>& a, const Live<P>& b) {
            a.stepped == b.stepped && a.decided == b.decided && ranges(a.pinned) == ranges(b.pinned) &&
            a.seen == b.seen && a.call_tokens == b.call_tokens && a.prompt_end == b.prompt_end &&
            a.next_position == b.next_position && a.call_next == b.call_next && a.phase == b.phase &&
-           a.resolved == b.resolved && a.hold == b.hold;
+           a.unbroken == b.unbroken && a.resolved == b.resolved && a.hold == b.hold;
 }
 
 }  // namespace kvcull::test

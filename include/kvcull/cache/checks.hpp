@@ -1,12 +1,18 @@
 #pragma once
 /// What an evictor asks of the views that a call brings.
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <limits>
 #include <span>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "../base/error.hpp"
 #include "../score/concepts.hpp"
+#include "../select/plan.hpp"
 #include "../views.hpp"
 #include "shape.hpp"
 
@@ -44,25 +50,67 @@ inline void check_cached(std::string_view where, const CacheShape& shape, CacheV
                      0);
 }
 
-/// The newest `added` rows of a layer: ascending positions from `next` on, the same in all heads.
-/// @returns the last of them.
-inline position_t check_new_rows(std::string_view where, LayerView cached, std::size_t added,
-                                 position_t next) {
+/// There must be a position after the newest one.
+template <class Name>
+void check_newest(std::string_view where, const Name& name, position_t newest) {
+    constexpr position_t most = std::numeric_limits<position_t>::max();
+    check<error::shape_error>(newest < most, where, name, newest, text("below ", most));
+}
+/// How far a sequence has come.
+struct Reach {
+    position_t next = 0;       // after the newest token
+    std::size_t unbroken = 0;  // newest tokens whose positions follow one another
+};
+/// The newest `added` rows of a layer: ascending positions from `reach.next` on, the same in all heads.
+/// @returns the reach with them.
+inline Reach check_new_rows(std::string_view where, LayerView cached, std::size_t added, const Reach& reach) {
     const PositionsView& first = cached[0].position;
-    position_t newest = next - 1;
+    Reach after = reach;
     for (std::size_t h = 0; h < cached.size(); ++h) {
         const PositionsView& positions = cached[h].position;
-        newest = next - 1;
+        after = reach;
         for (std::size_t i = 0; i < added; ++i) {
             const position_t at = positions[positions.size() - added + i];
-            check<error::shape_error>(at > newest, where, text("cached[", h, "].position of a new row"), at,
-                                      text("beyond ", newest));
+            check<error::shape_error>(at >= after.next, where, text("cached[", h, "].position of a new row"),
+                                      at, text("beyond ", after.next - 1));
             check_size(where, text("cached[", h, "].position of a new row"), at,
                        first[first.size() - added + i]);
-            newest = at;
+            check_newest(where, text("cached[", h, "].position of a new row"), at);
+            after = {at + 1, at == after.next ? after.unbroken + 1 : 1};
         }
     }
-    return newest;
+    return after;
+}
+
+/// `tokens` more rows fit into heads of `rows`: rows are numbered by `index_t`.
+inline void check_room(std::string_view where, std::size_t tokens, std::span<const std::size_t> rows) {
+    const std::size_t most = std::numeric_limits<index_t>::max();
+    const std::size_t held = rows.empty() ? 0 : *std::max_element(rows.begin(), rows.end());
+    check<error::capacity_error>(tokens <= most - held, where, "tokens", tokens,
+                                 text("at most ", most - held, " beyond the ", held, " rows of a head"));
+}
+/// A prompt of `total` tokens after `seen`. @returns how many are then seen.
+inline std::size_t check_prompt(std::string_view where, std::size_t seen, std::size_t total) {
+    check<error::shape_error>(total < unlimited - seen, where, "total", total,
+                              text("below ", unlimited - seen));
+    return seen + total;
+}
+/// A plan for the rows that are held, of heads that exist, each once. @param rows [layers * kv_heads]
+inline void check_plan(std::string_view where, const CacheShape& shape, const Plan& plan,
+                       std::span<const std::size_t> rows) {
+    std::vector<std::uint8_t> named(rows.size(), 0);
+    for (std::size_t i = 0; i < plan.size(); ++i) {
+        const HeadPlan one = plan[i];
+        check<error::shape_error>(one.layer < shape.layers, where, text("plan[", i, "].layer"), one.layer,
+                                  text("below ", shape.layers));
+        check<error::shape_error>(one.head < shape.kv_heads, where, text("plan[", i, "].head"), one.head,
+                                  text("below ", shape.kv_heads));
+        const std::size_t index = one.layer * shape.kv_heads + one.head;
+        check_size(where, text("plan[", i, "].rows"), one.rows, rows[index]);
+        check<error::shape_error>(std::exchange(named[index], 1) == 0, where, text("plan[", i, "]"),
+                                  text("layer ", one.layer, ", head ", one.head, " again"),
+                                  "every head once");
+    }
 }
 
 /// New tokens may enter a layer now.
@@ -74,6 +122,8 @@ void check_admit(std::string_view where, const Decision& decision, const Live& l
                               "end_step first");
     check<error::shape_error>(tokens > 0, where, "tokens", tokens, "at least 1");
     if (live.call_tokens != 0) check_size(where, "tokens", tokens, live.call_tokens);
+    const std::size_t heads = decision.shape.kv_heads;
+    check_room(where, tokens, std::span(live.rows).subspan(layer * heads, heads));
     const bool prompt = live.phase == Phase::prompt;
     check<error::state_error>(live.resolved || decision.budget.ratio == 0.0 || prompt, where, "budget",
                               "a ratio of a prompt that was not given", "begin_prompt first");

@@ -146,20 +146,21 @@ class Evictor {
     /// the first chunk on, and layers decide as soon as their last row is in. Also for later turns.
     /// @throws config_error for a ratio of an unknown total if the policy evicts between chunks.
     void begin_prompt(std::optional<std::size_t> total = std::nullopt) {
-        require_idle("Evictor::begin_prompt");
+        constexpr std::string_view where = "Evictor::begin_prompt";
+        require_idle(where);
+        const std::size_t end = total ? detail::check_prompt(where, live_.seen, *total) : unlimited;
         if (decision_.budget.ratio != 0.0) {
             if (total)
-                decision_.resolve(live_, budget_tokens(decision_.budget, live_.seen + *total),
-                                  live_.seen + *total);
+                decision_.resolve(live_, budget_tokens(decision_.budget, end), end);
             else
-                detail::check<error::config_error>(!decision_.may_fall_due(Phase::prompt, false),
-                                                   "Evictor::begin_prompt", "total", "unknown",
+                detail::check<error::config_error>(!decision_.may_fall_due(Phase::prompt, false), where,
+                                                   "total", "unknown",
                                                    "the prompt's tokens (the budget is a ratio)");
         } else if (ReadsPrompt<Rule> && total && live_.resolved) {
-            decision_.resolve(live_, decision_.budget.tokens, live_.seen + *total);
+            decision_.resolve(live_, decision_.budget.tokens, end);
         }
         live_.phase = Phase::prompt;
-        live_.prompt_end = total ? live_.seen + *total : unlimited;
+        live_.prompt_end = end;
         std::fill(live_.decided.begin(), live_.decided.end(), std::uint8_t{0});
     }
 
@@ -225,9 +226,10 @@ class Evictor {
                             shape().head_dim);
         if (!out.empty()) detail::check_heads(where, "out", out, shape().q_heads, q.tokens, shape().values());
         detail::check_cached(where, shape(), cached, rows_of(layer), admitted ? 0 : q.tokens);
-        const position_t newest = detail::check_new_rows(where, cached, q.tokens, live_.next_position);
+        const detail::Reach reach =
+            detail::check_new_rows(where, cached, q.tokens, {live_.next_position, live_.unbroken});
         if (live_.call_next != live_.next_position)  // an earlier layer of this call
-            detail::check_size(where, "position of the newest row", newest, live_.call_next - 1);
+            detail::check_size(where, "position of the newest row", reach.next - 1, live_.call_next - 1);
         const bool spared = decision_.spares(layer);
         const Moment moment = live_.moment_after(q.tokens);
         const std::size_t coming = admitted ? 0 : q.tokens;
@@ -249,7 +251,8 @@ class Evictor {
                 .spared = spared,
                 .evicts = evicts,
                 .waits = waits,
-                .next_position = newest + 1,
+                .next_position = reach.next,
+                .unbroken = reach.unbroken,
                 .moment = moment,
                 .mask = mask(layer, true)};
     }
@@ -282,6 +285,7 @@ class Evictor {
             detail::show_waiting(decision_, live_, call.layer, call.cached, 0, call.evicts);
         live_.stepped[call.layer] = 1;
         live_.call_next = call.next_position;
+        live_.call_unbroken = call.unbroken;
         plan_.clear();
         if (call.spared)
             decision_.leave_window(live_, call.layer, call.cached, plan_);
@@ -307,11 +311,7 @@ class Evictor {
             if (decision_.may_decide(live_)) check_held(where, "cached.heads", cached.heads, 0, 0);
         }
         if constexpr (SequenceState<P>) policy().end_step(live_.sequence, completed(inputs, cached));
-        const std::size_t tokens = std::exchange(live_.call_tokens, 0);
-        live_.seen += tokens;
-        live_.next_position = live_.call_next;
-        std::fill(live_.stepped.begin(), live_.stepped.end(), std::uint8_t{0});
-        std::fill(live_.admitted.begin(), live_.admitted.end(), std::uint8_t{0});
+        const std::size_t tokens = live_.end_call();
         plan_.clear();
         if (decides_at_end()) decide_all(cached, live_.seen == live_.prompt_end, tokens);
         return plan_;
@@ -392,14 +392,16 @@ class Evictor {
         return plan_;
     }
 
-    /// Takes back the last `tokens` positions. Rows and their state go; what the taken rows gave others stays
+    /// Takes back the last `tokens` tokens. Rows and their state go; what the taken rows gave others stays
     /// (`mark` and `rollback` of a cache restore that too).
+    /// @throws shape_error for tokens from before the last gap in positions: rows tell no token from a gap.
     const Plan& truncate(CacheView cached, std::size_t tokens) {
         constexpr std::string_view where = "Evictor::truncate";
         require_idle(where);
         check_all(where, cached);
-        detail::check<error::shape_error>(tokens <= live_.seen, where, "tokens", tokens,
-                                          detail::text("at most the ", live_.seen, " seen"));
+        detail::check<error::shape_error>(
+            tokens <= live_.unbroken, where, "tokens", tokens,
+            detail::text("at most the ", live_.unbroken, " seen since the last gap in positions"));
         const position_t end = live_.next_position - static_cast<position_t>(tokens);
         for (std::size_t layer = 0; layer < shape().layers; ++layer)
             detail::check<error::shape_error>(
@@ -409,12 +411,7 @@ class Evictor {
         show_waiting(cached.heads, 0);
         plan_.clear();
         decision_.truncate(live_, cached, end, plan_);
-        std::vector<std::size_t> since = live_.since;  // taking tokens back is no eviction
-        for (std::size_t& count : since) count -= std::min(count, tokens);
-        live_.commit(plan_, cached.heads, 0);
-        live_.since.swap(since);
-        live_.seen -= tokens;
-        live_.next_position = live_.call_next = end;
+        live_.take_back(plan_, cached.heads, tokens);
         return plan_;
     }
 
@@ -445,9 +442,10 @@ class Evictor {
         return plan_;
     }
     /// The states follow a plan that `propose` or the caller made. Positions are then taken on trust once.
-    /// @throws state_error while queries wait.
+    /// @throws shape_error if it is none for the rows held now, state_error while queries wait.
     void commit(const Plan& plan) {
         require_none_waits("Evictor::commit");
+        detail::check_plan("Evictor::commit", shape(), plan, live_.rows);
         live_.commit(plan);
     }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -56,7 +57,7 @@ class KVCache {
     [[nodiscard]] const P& policy() const noexcept { return evictor_.policy(); }
     [[nodiscard]] const Evictor<P, Rule>& evictor() const noexcept { return evictor_; }
     [[nodiscard]] BlockPool& pool() const noexcept { return *pool_; }
-    /// Tokens of the sequence so far, evicted ones included: the next token's position.
+    /// Tokens of the sequence so far, evicted ones included. If no `positions` are given, the next position.
     [[nodiscard]] std::size_t seen() const noexcept { return evictor_.seen(); }
     [[nodiscard]] std::size_t rows(std::size_t layer, std::size_t head) const {
         return storage_.rows(checked("KVCache::rows", layer, head));
@@ -87,8 +88,9 @@ class KVCache {
         return count_bytes(blocks);
     }
     /// What `prepare(tokens)` takes from the pool now: the most that a step of so many tokens needs beyond
-    /// what the cache holds. For admission. O(blocks).
+    /// what the cache holds. For admission. O(blocks). @throws capacity_error if no pool can give that.
     [[nodiscard]] std::size_t step_bytes(std::size_t tokens) const {
+        detail::check_room("KVCache::step_bytes", tokens, evictor_.live().rows);
         const std::size_t blocks = step_blocks(tokens);
         return (blocks - std::min(blocks, storage_.spares())) * storage_.layout().block_bytes();
     }
@@ -101,6 +103,7 @@ class KVCache {
     /// for memory of a fixed size that some states take when they see their first token.
     /// @throws capacity_error if the pool cannot give them.
     void reserve(std::size_t rows) {
+        detail::check_room("KVCache::reserve", rows, {});
         const std::size_t blocks = shape().heads() * storage_.layout().blocks_for(rows);
         const std::size_t spares = storage_.spares();
         storage_.reserve_spares(blocks - std::min(blocks, table_blocks()));
@@ -118,6 +121,7 @@ class KVCache {
     /// @throws capacity_error; the cache is then as it was.
     void prepare(std::size_t tokens) {
         require_idle("KVCache::prepare");
+        detail::check_room("KVCache::prepare", tokens, evictor_.live().rows);
         if (tokens == 0) return release_spares();
         undo_spares_on_error(storage_.spares(), [&] { reserve_step(tokens); });
         note_peak();
@@ -151,11 +155,10 @@ class KVCache {
                 const AppendInputs& inputs = {}) {
         check_append(layer, k, v, inputs);
         const std::size_t c = k.tokens, spares = storage_.spares();
-        if (evictor_.live().call_tokens == 0) {
-            set_positions(c, inputs.positions);
-            reserve_step(c);
-        }
+        const bool first = evictor_.live().call_tokens == 0;
+        if (first) set_positions(c, inputs.positions);
         undo_spares_on_error(spares, [&] {
+            if (first) reserve_step(c);
             // Nothing to do unless earlier layers have not attended, and so have given nothing back yet.
             storage_.reserve_spares(demand(layer, c).takes + pending_copies());
             evictor_.admit(layer, c, inputs);
@@ -245,13 +248,11 @@ class KVCache {
     /// A compacted copy: the fork holds what `plan` keeps, this cache stays as it is.
     /// @throws shape_error if the plan was made for other rows.
     [[nodiscard]] KVCache fork(const Plan& plan) const {
+        detail::check_plan("KVCache::fork", shape(), plan, evictor_.live().rows);
         KVCache copy = fork();
         std::size_t blocks = 0;  // that the kept rows may be moved into
-        for (std::size_t i = 0; i < plan.size(); ++i) {
-            detail::check_size("KVCache::fork", detail::text("plan[", i, "].rows"), plan[i].rows,
-                               rows(plan[i].layer, plan[i].head));
+        for (std::size_t i = 0; i < plan.size(); ++i)
             blocks += storage_.layout().blocks_for(plan[i].keep.size());
-        }
         copy.storage_.reserve_spares(blocks);
         copy.note_peak();
         copy.evictor_.commit(plan);
@@ -371,18 +372,23 @@ class KVCache {
         else
             detail::check_heads(where, "v", v, shape().kv_heads, c, shape().values());
         const std::span<const position_t> given = inputs.positions;
-        if (given.empty()) return;
+        const position_t next = evictor_.next_position(),
+                         behind = std::numeric_limits<position_t>::max() - next;
+        if (given.empty())
+            return detail::check<error::shape_error>(static_cast<position_t>(c) <= behind, where, "tokens", c,
+                                                     detail::text("at most the ", behind, " positions left"));
         detail::check_size(where, "inputs.positions.size()", given.size(), c);
         if (evictor_.live().call_tokens != 0)
             detail::check<error::shape_error>(std::equal(given.begin(), given.end(), positions_.begin()),
                                               where, "inputs.positions", "another list",
                                               "that of the step's first layer");
-        position_t previous = evictor_.next_position() - 1;
+        position_t previous = next - 1;
         for (const position_t position : given) {
             detail::check<error::shape_error>(position > previous, where, "inputs.positions", position,
                                               detail::text("beyond ", previous));
             previous = position;
         }
+        detail::check_newest(where, "inputs.positions", previous);
     }
     void set_positions(std::size_t c, std::span<const position_t> given) {
         positions_.resize(c);
@@ -417,8 +423,8 @@ class KVCache {
     void reserve_step(std::size_t c) {
         std::size_t rows = 0;
         for (std::size_t i = 0; i < views_.size(); ++i) rows = std::max(rows, storage_.rows(i) + c);
+        storage_.reserve_spares(step_blocks(c));  // first: the pool says no before the allocator may
         storage_.reserve_rows(rows);
-        storage_.reserve_spares(step_blocks(c));
         storage_.keep_freed(true);
     }
     /// Blocks that evictions of layers may copy which have new rows and have not attended to them yet.

@@ -20,6 +20,7 @@ struct LayerCall {
     bool evicts = false;           // at its end
     bool waits = false;            // its query, to be shown to the policy later
     position_t next_position = 0;  // after its newest token
+    std::size_t unbroken = 0;      // tokens up to it whose positions follow one another
     Moment moment = {};            // of its end
     detail::TokenMask mask = {};
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "../score/concepts.hpp"
@@ -43,6 +44,7 @@ struct Live {
     std::vector<PositionRange> pinned;
     std::size_t seen = 0, call_tokens = 0, prompt_end = unlimited;
     position_t next_position = 0, call_next = 0;  // before and after the call that runs now
+    std::size_t unbroken = 0, call_unbroken = 0;  // newest tokens whose positions follow one another, alike
     Phase phase = Phase::decode;
     bool resolved = false;  // the budget is known in tokens
     bool hold = false;
@@ -110,6 +112,16 @@ struct Live {
         admitted[layer] = 1;
         call_tokens = tokens;
     }
+    /// All layers have made the call. @returns its tokens.
+    std::size_t end_call() noexcept {
+        const std::size_t tokens = std::exchange(call_tokens, 0);
+        seen += tokens;
+        next_position = call_next;
+        unbroken = call_unbroken;
+        std::fill(stepped.begin(), stepped.end(), std::uint8_t{0});
+        std::fill(admitted.begin(), admitted.end(), std::uint8_t{0});
+        return tokens;
+    }
     /// Per-row state and lengths follow a plan that the rows follow too.
     void commit(const Plan& plan) noexcept {
         const std::size_t kv_heads = rows.size() / since.size();
@@ -129,6 +141,16 @@ struct Live {
             held[index].follow(plan[i], cached[index - first].position);
         }
         commit(plan);
+    }
+    /// The newest `tokens` tokens leave as the plan says. That is no eviction: intervals go on counting.
+    void take_back(const Plan& plan, std::span<const HeadView> cached, std::size_t tokens) {
+        std::vector<std::size_t> left = since;
+        for (std::size_t& count : left) count -= std::min(count, tokens);
+        commit(plan, cached, 0);
+        since.swap(left);
+        seen -= tokens;
+        unbroken -= tokens;
+        next_position = call_next -= static_cast<position_t>(tokens);
     }
     /// The positions of a layer's newest `added` rows count as held from now on.
     void count(std::size_t layer, LayerView cached, std::size_t added) {

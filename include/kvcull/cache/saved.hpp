@@ -222,9 +222,10 @@ template <Savable P, BudgetRule Rule>
     detail::check<error::state_error>(live.call_tokens == 0, "save", "call", "inside a step",
                                       "after end_step");
     detail::TensorList tensors(extra);
-    tensors.add_counts("live", std::vector{live.seen, static_cast<std::size_t>(live.next_position),
-                                           live.prompt_end, static_cast<std::size_t>(live.phase),
-                                           std::size_t{live.resolved}, std::size_t{live.hold}});
+    tensors.add_counts("live",
+                       std::vector{live.seen, static_cast<std::size_t>(live.next_position), live.prompt_end,
+                                   static_cast<std::size_t>(live.phase), std::size_t{live.resolved},
+                                   std::size_t{live.hold}, live.unbroken});
     tensors.add_counts("sizes", live.sizes);
     tensors.add_counts("since", live.since);
     tensors.add_counts("decided", live.decided);
@@ -305,7 +306,7 @@ void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
     const detail::SavedTensors saved(file);
     const CacheShape& shape = cache.shape();
     Live<P> live(shape);
-    const auto numbers = saved.counts<std::size_t>("live", 6);
+    const auto numbers = saved.counts<std::size_t>("live", 7);
     live.seen = numbers[0];
     live.next_position = live.call_next = static_cast<position_t>(numbers[1]);
     live.prompt_end = numbers[2];
@@ -314,6 +315,10 @@ void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
     live.phase = static_cast<Phase>(numbers[3]);
     live.resolved = numbers[4] != 0;
     live.hold = numbers[5] != 0;
+    live.unbroken = numbers[6];
+    const auto reach = static_cast<std::size_t>(live.next_position);
+    detail::check<format_error>(live.unbroken <= std::min(live.seen, reach), "load", "tokens without a gap",
+                                live.unbroken, detail::text("at most ", std::min(live.seen, reach)));
     live.sizes = saved.counts<std::size_t>("sizes", shape.heads());
     live.since = saved.counts<std::size_t>("since", shape.layers);
     live.decided = saved.counts<std::uint8_t>("decided", shape.layers);

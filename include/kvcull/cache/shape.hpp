@@ -74,8 +74,11 @@ namespace detail {
 inline CacheShape checked(CacheShape shape) {
     using error::config_error;
     constexpr std::string_view where = "CacheShape";
+    constexpr std::size_t most_heads = std::size_t{1} << 31U;
     check<config_error>(shape.layers > 0, where, "layers", shape.layers, "at least 1");
     check<config_error>(shape.kv_heads > 0, where, "kv_heads", shape.kv_heads, "at least 1");
+    check<config_error>(shape.layers <= most_heads / shape.kv_heads, where, "layers", shape.layers,
+                        text("at most ", most_heads / shape.kv_heads, ", with kv_heads = ", shape.kv_heads));
     check<config_error>(shape.head_dim > 0, where, "head_dim", shape.head_dim, "at least 1");
     check<config_error>(shape.q_heads > 0 && shape.q_heads % shape.kv_heads == 0, where, "q_heads",
                         shape.q_heads, text("a multiple of kv_heads = ", shape.kv_heads));
