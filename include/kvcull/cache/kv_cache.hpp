@@ -173,8 +173,7 @@ class KVCache {
     /// @param q [q_heads, c, head_dim], rotated. @param out [q_heads, c, value_dim]
     void attend(std::size_t layer, HeadsView<const float> q, HeadsView<float> out) {
         constexpr std::string_view where = "KVCache::attend";
-        detail::check<error::shape_error>(layer < shape().layers, where, "layer", layer,
-                                          detail::text("below ", shape().layers));
+        detail::check_layer(where, shape(), layer);
         detail::check<error::state_error>(evictor_.live().admitted[layer] != 0, where,
                                           detail::text("layer ", layer), "without new rows", "append first");
         detail::check<error::shape_error>(!out.empty(), where, "out.data", "null", "a pointer");
@@ -209,8 +208,7 @@ class KVCache {
     /// See Evictor::probe.
     void probe(std::size_t layer, HeadsView<const float> q, HeadsView<const float> k,
                HeadsView<const float> v, HeadsView<float> out) {
-        detail::check<error::shape_error>(layer < shape().layers, "KVCache::probe", "layer", layer,
-                                          detail::text("below ", shape().layers));
+        detail::check_layer("KVCache::probe", shape(), layer);
         rewrite([&]() -> const Plan& { return evictor_.probe(layer, layer_view(layer), q, k, v, out); });
     }
     /// See Evictor::rescore: evicts all layers by look-ahead queries, or, if it throws, none.
@@ -338,10 +336,7 @@ class KVCache {
         return layer * shape().kv_heads + head;
     }
     [[nodiscard]] std::size_t checked(std::string_view where, std::size_t layer, std::size_t head) const {
-        detail::check<error::shape_error>(layer < shape().layers, where, "layer", layer,
-                                          detail::text("below ", shape().layers));
-        detail::check<error::shape_error>(head < shape().kv_heads, where, "head", head,
-                                          detail::text("below ", shape().kv_heads));
+        detail::check_head(where, shape(), layer, head);
         return flat(layer, head);
     }
     void require_idle(std::string_view where) const {

@@ -104,8 +104,7 @@ class LookaheadCache {
         constexpr std::string_view where = "LookaheadCache::push_query";
         require_looking(where);
         const CacheShape& shape = cache_.shape();
-        detail::check<error::shape_error>(layer < shape.layers, where, "layer", layer,
-                                          detail::text("below ", shape.layers));
+        detail::check_layer(where, shape, layer);
         detail::check_heads(where, "q", q, shape.q_heads, 1, shape.head_dim);
         std::vector<float>& rows = queries_[layer];
         rows.reserve(rows.size() + shape.q_heads * shape.head_dim);
