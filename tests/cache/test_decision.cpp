@@ -187,7 +187,7 @@ TEST_CASE("a choice keeps the best rows of each head beside the protected ones",
     Live<Probe> live = live_of<Probe>(rows);
     live.sizes = {4, 5, 1, 1};
     live.phase = Phase::decode;
-    live.call_next = 8;
+    live.call_reach.next = 8;
     Plan plan;
     decision.choose(live, decision.layer(0), rows.views, Phase::probe, 0, plan);
     REQUIRE(keeps(plan, 2, rows) == std::vector<std::vector<index_t>>{{0, 2, 3, 7}, {0, 2, 3, 4, 7}});

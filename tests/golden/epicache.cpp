@@ -81,7 +81,7 @@ KVCache<P> ragged_cache(const P& policy, std::size_t q_heads, const Array<float>
     }
     detail::check_size("golden", "in.k.shape[0]", k.dim(0), first);
     live.seen = seen;
-    live.next_position = live.call_next = static_cast<position_t>(seen);
+    live.reach = live.call_reach = {static_cast<position_t>(seen), seen};
     cache.restore(std::move(live), {views, shape.kv_heads});
     return cache;
 }

@@ -32,8 +32,8 @@ bool same_live(const Live<P>& a, const Live<P>& b) {
     return a.rows == b.rows && a.sizes == b.sizes && a.since == b.since && a.admitted == b.admitted &&
            a.stepped == b.stepped && a.decided == b.decided && ranges(a.pinned) == ranges(b.pinned) &&
            a.seen == b.seen && a.call_tokens == b.call_tokens && a.prompt_end == b.prompt_end &&
-           a.next_position == b.next_position && a.call_next == b.call_next && a.phase == b.phase &&
-           a.unbroken == b.unbroken && a.resolved == b.resolved && a.hold == b.hold;
+           a.reach == b.reach && a.call_reach == b.call_reach && a.phase == b.phase &&
+           a.resolved == b.resolved && a.hold == b.hold;
 }
 
 }  // namespace kvcull::test

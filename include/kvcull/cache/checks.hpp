@@ -1,5 +1,5 @@
 #pragma once
-/// What an evictor asks of the views that a call brings.
+/// What an evictor asks of the views, numbers and plans that a call brings.
 
 #include <algorithm>
 #include <cstddef>
@@ -14,6 +14,7 @@
 #include "../score/concepts.hpp"
 #include "../select/plan.hpp"
 #include "../views.hpp"
+#include "live.hpp"
 #include "shape.hpp"
 
 namespace kvcull::inline KVCULL_ABI::detail {
@@ -56,11 +57,6 @@ void check_newest(std::string_view where, const Name& name, position_t newest) {
     constexpr position_t most = std::numeric_limits<position_t>::max();
     check<error::shape_error>(newest < most, where, name, newest, text("below ", most));
 }
-/// How far a sequence has come.
-struct Reach {
-    position_t next = 0;       // after the newest token
-    std::size_t unbroken = 0;  // newest tokens whose positions follow one another
-};
 /// The newest `added` rows of a layer: ascending positions from `reach.next` on, the same in all heads.
 /// @returns the reach with them.
 inline Reach check_new_rows(std::string_view where, LayerView cached, std::size_t added, const Reach& reach) {

@@ -51,7 +51,7 @@ class Decision : public Terms<P, Rule> {
                 .layer = index / shape.kv_heads,
                 .head = index % shape.kv_heads,
                 .group = shape.group(),
-                .next_position = live.call_next,
+                .next_position = live.call_reach.next,
                 .cached = cached,
                 .scale = shape.logit_scale(),
                 .softcap = shape.softcap,
@@ -180,11 +180,12 @@ class Decision : public Terms<P, Rule> {
         if (!falls_out(live, first, 0)) return;
         const TokenMask mask{.window = shape.layer(layer).window};
         keeps_[0].clear();
-        for (std::size_t j = mask.first_seen(cached[0].position, live.call_next); j < live.rows[first]; ++j)
+        for (std::size_t j = mask.first_seen(cached[0].position, live.call_reach.next); j < live.rows[first];
+             ++j)
             keeps_[0].push_back(static_cast<index_t>(j));
         for (std::size_t h = 0; h < shape.kv_heads; ++h)
             leave(live, first + h, cached[h].position, Reason::out_of_window, plan);
-        live.gone[layer] = shape.layer(layer).first_seen(live.call_next);
+        live.gone[layer] = shape.layer(layer).first_seen(live.call_reach.next);
     }
     /// Rows of positions from `end` on leave.
     void truncate(const Live<P>& live, CacheView cached, position_t end, Plan& plan) {

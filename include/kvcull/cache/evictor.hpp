@@ -43,7 +43,7 @@ class Evictor {
     [[nodiscard]] const Live<P>& live() const noexcept { return live_; }
     /// Tokens of the sequence so far.
     [[nodiscard]] std::size_t seen() const noexcept { return live_.seen; }
-    [[nodiscard]] position_t next_position() const noexcept { return live_.next_position; }
+    [[nodiscard]] position_t next_position() const noexcept { return live_.reach.next; }
     [[nodiscard]] const State& state(std::size_t layer, std::size_t head) const {
         detail::check_head("Evictor::state", shape(), layer, head);
         return live_.states[flat(layer, head)];
@@ -226,10 +226,10 @@ class Evictor {
                             shape().head_dim);
         if (!out.empty()) detail::check_heads(where, "out", out, shape().q_heads, q.tokens, shape().values());
         detail::check_cached(where, shape(), cached, rows_of(layer), admitted ? 0 : q.tokens);
-        const detail::Reach reach =
-            detail::check_new_rows(where, cached, q.tokens, {live_.next_position, live_.unbroken});
-        if (live_.call_next != live_.next_position)  // an earlier layer of this call
-            detail::check_size(where, "position of the newest row", reach.next - 1, live_.call_next - 1);
+        const Reach reach = detail::check_new_rows(where, cached, q.tokens, live_.reach);
+        if (live_.call_reach.next != live_.reach.next)  // an earlier layer of this call
+            detail::check_size(where, "position of the newest row", reach.next - 1,
+                               live_.call_reach.next - 1);
         const bool spared = decision_.spares(layer);
         const Moment moment = live_.moment_after(q.tokens);
         const std::size_t coming = admitted ? 0 : q.tokens;
@@ -251,8 +251,7 @@ class Evictor {
                 .spared = spared,
                 .evicts = evicts,
                 .waits = waits,
-                .next_position = reach.next,
-                .unbroken = reach.unbroken,
+                .reach = reach,
                 .moment = moment,
                 .mask = mask(layer, true)};
     }
@@ -284,8 +283,7 @@ class Evictor {
         if (call.waits && (live_.wait(call.layer, call.q) >= buffer_ || call.evicts))
             detail::show_waiting(decision_, live_, call.layer, call.cached, 0, call.evicts);
         live_.stepped[call.layer] = 1;
-        live_.call_next = call.next_position;
-        live_.call_unbroken = call.unbroken;
+        live_.call_reach = call.reach;
         plan_.clear();
         if (call.spared)
             decision_.leave_window(live_, call.layer, call.cached, plan_);
@@ -400,9 +398,9 @@ class Evictor {
         require_idle(where);
         check_all(where, cached);
         detail::check<error::shape_error>(
-            tokens <= live_.unbroken, where, "tokens", tokens,
-            detail::text("at most the ", live_.unbroken, " seen since the last gap in positions"));
-        const position_t end = live_.next_position - static_cast<position_t>(tokens);
+            tokens <= live_.reach.unbroken, where, "tokens", tokens,
+            detail::text("at most the ", live_.reach.unbroken, " seen since the last gap in positions"));
+        const position_t end = live_.reach.next - static_cast<position_t>(tokens);
         for (std::size_t layer = 0; layer < shape().layers; ++layer)
             detail::check<error::shape_error>(
                 live_.gone[layer] <= std::max<position_t>(0, shape().layer(layer).first_seen(end)), where,
@@ -530,7 +528,7 @@ class Evictor {
                                      detail::TileScratch& scratch) const {
         HeadStep step = decision_.head_step(live_, flat(call.layer, head), call.cached[head], scratch);
         step.added = call.q.tokens;
-        step.next_position = call.next_position;
+        step.next_position = call.reach.next;
         step.evicts = call.evicts;
         return step;
     }

@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "../attention/parts.hpp"
+#include "live.hpp"
 #include "tiles.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
@@ -16,12 +17,11 @@ struct LayerCall {
     HeadsView<const float> q = {};
     HeadsView<float> out = {};
     Needs needs = {};
-    bool spared = false;           // the policy has no say
-    bool evicts = false;           // at its end
-    bool waits = false;            // its query, to be shown to the policy later
-    position_t next_position = 0;  // after its newest token
-    std::size_t unbroken = 0;      // tokens up to it whose positions follow one another
-    Moment moment = {};            // of its end
+    bool spared = false;  // the policy has no say
+    bool evicts = false;  // at its end
+    bool waits = false;   // its query, to be shown to the policy later
+    Reach reach = {};     // after its newest token
+    Moment moment = {};   // of its end
     detail::TokenMask mask = {};
 
     /// Rows that the heads' queries go over: what a head costs, but for the size of a row.

@@ -28,6 +28,14 @@ struct SequenceOf<P> {
 };
 }  // namespace detail
 
+/// How far a sequence has come.
+struct Reach {
+    position_t next = 0;       // after the newest token
+    std::size_t unbroken = 0;  // newest tokens whose positions follow one another
+
+    friend bool operator==(const Reach&, const Reach&) = default;
+};
+
 /// State of one sequence under policy P.
 template <Policy P>
 struct Live {
@@ -43,8 +51,7 @@ struct Live {
     std::vector<std::vector<float>> waiting;
     std::vector<PositionRange> pinned;
     std::size_t seen = 0, call_tokens = 0, prompt_end = unlimited;
-    position_t next_position = 0, call_next = 0;  // before and after the call that runs now
-    std::size_t unbroken = 0, call_unbroken = 0;  // newest tokens whose positions follow one another, alike
+    Reach reach, call_reach;  // before and after the call that runs now
     Phase phase = Phase::decode;
     bool resolved = false;  // the budget is known in tokens
     bool hold = false;
@@ -116,8 +123,7 @@ struct Live {
     std::size_t end_call() noexcept {
         const std::size_t tokens = std::exchange(call_tokens, 0);
         seen += tokens;
-        next_position = call_next;
-        unbroken = call_unbroken;
+        reach = call_reach;
         std::fill(stepped.begin(), stepped.end(), std::uint8_t{0});
         std::fill(admitted.begin(), admitted.end(), std::uint8_t{0});
         return tokens;
@@ -149,8 +155,7 @@ struct Live {
         commit(plan, cached, 0);
         since.swap(left);
         seen -= tokens;
-        unbroken -= tokens;
-        next_position = call_next -= static_cast<position_t>(tokens);
+        reach = call_reach = {reach.next - static_cast<position_t>(tokens), reach.unbroken - tokens};
     }
     /// The positions of a layer's newest `added` rows count as held from now on.
     void count(std::size_t layer, LayerView cached, std::size_t added) {

@@ -223,9 +223,9 @@ template <Savable P, BudgetRule Rule>
                                       "after end_step");
     detail::TensorList tensors(extra);
     tensors.add_counts("live",
-                       std::vector{live.seen, static_cast<std::size_t>(live.next_position), live.prompt_end,
+                       std::vector{live.seen, static_cast<std::size_t>(live.reach.next), live.prompt_end,
                                    static_cast<std::size_t>(live.phase), std::size_t{live.resolved},
-                                   std::size_t{live.hold}, live.unbroken});
+                                   std::size_t{live.hold}, live.reach.unbroken});
     tensors.add_counts("sizes", live.sizes);
     tensors.add_counts("since", live.since);
     tensors.add_counts("decided", live.decided);
@@ -308,17 +308,16 @@ void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
     Live<P> live(shape);
     const auto numbers = saved.counts<std::size_t>("live", 7);
     live.seen = numbers[0];
-    live.next_position = live.call_next = static_cast<position_t>(numbers[1]);
+    live.reach = live.call_reach = {static_cast<position_t>(numbers[1]), numbers[6]};
     live.prompt_end = numbers[2];
-    detail::check<format_error>(live.next_position >= 0 && numbers[3] <= 1, "load", "phase", numbers[3],
+    detail::check<format_error>(live.reach.next >= 0 && numbers[3] <= 1, "load", "phase", numbers[3],
                                 "0 or 1");
     live.phase = static_cast<Phase>(numbers[3]);
     live.resolved = numbers[4] != 0;
     live.hold = numbers[5] != 0;
-    live.unbroken = numbers[6];
-    const auto reach = static_cast<std::size_t>(live.next_position);
-    detail::check<format_error>(live.unbroken <= std::min(live.seen, reach), "load", "tokens without a gap",
-                                live.unbroken, detail::text("at most ", std::min(live.seen, reach)));
+    const std::size_t most = std::min(live.seen, numbers[1]);
+    detail::check<format_error>(live.reach.unbroken <= most, "load", "tokens without a gap",
+                                live.reach.unbroken, detail::text("at most ", most));
     live.sizes = saved.counts<std::size_t>("sizes", shape.heads());
     live.since = saved.counts<std::size_t>("since", shape.layers);
     live.decided = saved.counts<std::uint8_t>("decided", shape.layers);
@@ -358,10 +357,10 @@ void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
             std::vector<position_t> sorted(own.begin(), own.end());
             std::sort(sorted.begin(), sorted.end());
             detail::check<format_error>(
-                rows == 0 || (sorted.front() >= 0 && sorted.back() < live.next_position &&
+                rows == 0 || (sorted.front() >= 0 && sorted.back() < live.reach.next &&
                               std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end()),
                 "load", detail::text("positions of head ", h), "out of range or repeated",
-                detail::text("each once, below ", live.next_position));
+                detail::text("each once, below ", live.reach.next));
             detail::check<format_error>(
                 shape.layer(layer).window == 0 || std::equal(own.begin(), own.end(), sorted.begin()), "load",
                 detail::text("positions of head ", h), "not ascending", "ascending in a layer with a window");
