@@ -288,6 +288,12 @@ TEST_CASE("calls out of order are refused and change nothing", "[contract]") {
           "LookaheadCache::push_query: q.heads is 3, want 6");
     CHECK(failure<error::shape_error>([&] { cache.push_query(0, stream.queries(0, prompt, 2)); }) ==
           "LookaheadCache::push_query: q.tokens is 2, want 1");
+    CHECK(failure<error::shape_error>([&] { (void)cache.queries(2); }) ==
+          "LookaheadCache::queries: layer is 2, want below 2");
+    CHECK(failure<error::shape_error>([&] {
+              cache.ahead().append(0, stream.keys(0, prompt, 2), stream.values(0, prompt, 2));
+          }) == "LookaheadCache::Ahead::append: k.tokens is 2, want 1");
+    CHECK(cache.fork().evictor().live().call_tokens == 0);
     CHECK(refused([&] { cache.end_lookahead(); }) ==
           "LookaheadCache::end_lookahead: number of pseudo tokens is 0, want at least 1");
     cache.push_query(0, q);

@@ -45,6 +45,14 @@ TEST_CASE("a shape that cannot be is refused by the name of its field", "[contra
             "CacheShape: q_heads is 0, want a multiple of kv_heads = 2");
     REQUIRE(refused([](CacheShape& s) { s.q_heads = 5; }) ==
             "CacheShape: q_heads is 5, want a multiple of kv_heads = 2");
+    const auto window = [&](std::size_t most) {
+        return refused([&](CacheShape& s) { s.traits = {{.window = most}}; });
+    };
+    REQUIRE(window(2147483647) == "no error");
+    REQUIRE(window(2147483648) ==
+            "CacheShape: traits[0].window is 2147483648, want at most 2147483647, or 0 for none");
+    REQUIRE(window(std::numeric_limits<std::size_t>::max()) ==
+            "CacheShape: traits[0].window is 18446744073709551615, want at most 2147483647, or 0 for none");
     REQUIRE(refused([](CacheShape& s) { s.scale = quiet_nan(); }) ==
             "CacheShape: scale is nan, want a finite number");
     REQUIRE(refused([](CacheShape& s) { s.scale = -negative_infinity(); }) ==

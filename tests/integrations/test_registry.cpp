@@ -131,6 +131,9 @@ TEST_CASE("what is not known is refused with a list of what is", "[contract]") {
     CHECK(mentions(refusal("h2o:recent=99999999999999999999999"), {"recent"}));
     CHECK(mentions(refusal("full:sinks=4"), {"sinks", "no parameters"}));
     CHECK(mentions(refusal("H2O"), {"H2O"}));
+    CHECK(mentions(refusal("snapkv:window=3,window=4"), {"window", "given twice"}));
+    CHECK(mentions(refusal("snapkv:window=3,"), {"\"\"", "key=value"}));
+    CHECK(mentions(refusal("snapkv:,window=3"), {"\"\"", "key=value"}));
 }
 
 TEST_CASE("budget rules are chosen by name as policies are", "[contract]") {

@@ -1,6 +1,7 @@
 #include "kvcull/paging/memory_store.hpp"
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "kvcull/paging/guard.hpp"
@@ -54,6 +55,10 @@ TEST_CASE("frames refuse sizes that make no frame", "[contract]") {
     std::vector<std::byte> bytes(100);
     CHECK(failure<error::config_error>([] { Frames(0, 8); }) == "Frames: count is 0, want at least 1");
     CHECK(failure<error::config_error>([] { Frames(1, 0); }) == "Frames: page_bytes is 0, want at least 1");
+    CHECK(failure<error::config_error>([] { Frames(std::size_t{1} << 58U, 64); }) ==
+          "Frames: count is 288230376151711744, want fewer, with page_bytes = 64");
+    CHECK(failure<error::config_error>([] { Frames(3, std::numeric_limits<std::size_t>::max() - 8); }) ==
+          "Frames: count is 3, want fewer, with page_bytes = 18446744073709551607");
     CHECK(failure<error::config_error>([&] { Frames(bytes, 0); }) ==
           "Frames: page_bytes is 0, want at least 1");
     CHECK(failure<error::shape_error>([&] { Frames(bytes, 48); }) ==

@@ -166,6 +166,19 @@ TEST_CASE("rules refuse what they cannot divide", "[contract]") {
     };
     CHECK(refusal(Pyramid{.beta = 0}, 10, {}) == "pyramid: beta is 0, want at least 1");
     CHECK(refusal(Pyramid{}, 8, {3, 5}) == "pyramid: budget is 8, want more than the 8 protected rows");
+    const std::size_t endless = std::numeric_limits<std::size_t>::max(), most = 2147483647;
+    const std::string rows = std::to_string(endless);
+    CHECK(refusal(Pyramid{}, 8, {endless, 5}) ==
+          "pyramid: budget is 8, want more than the " + rows + " protected rows");
+    CHECK(refusal(BySimilarity{}, 8, {endless, 5}) ==
+          "similarity: rows of the smallest layer is 8, want at least the " + rows + " protected rows");
+    CHECK(refusal(Pyramid{}, most, {}) == "no error");
+    for (const std::size_t mean : {most + 1, endless / 2 + 1, endless}) {
+        const std::string beyond = ": budget is " + std::to_string(mean) + ", want at most 2147483647";
+        CHECK(refusal(Pyramid{}, mean, {}) == "pyramid" + beyond);
+        CHECK(refusal(BySensitivity{{1, 2, 3}}, mean, {}) == "sensitivity" + beyond);
+        CHECK(refusal(BySimilarity{.similarity = {1, 0, 0}}, mean, {}) == "similarity" + beyond);
+    }
     CHECK(refusal(BySensitivity{{1, 2}}, 10, {}) == "sensitivity: number of layers is 2, want 3");
     for (const auto& bad : {std::vector<float>{1, -1, 1},
                             {0, 0, 0},

@@ -117,8 +117,9 @@ class LookaheadCache {
         return Ahead(*this);
     }
     /// The queries pushed so far: [q_heads, steps, head_dim].
-    [[nodiscard]] HeadsView<const float> queries(std::size_t layer) const noexcept {
+    [[nodiscard]] HeadsView<const float> queries(std::size_t layer) const {
         const CacheShape& shape = cache_.shape();
+        detail::check_layer("LookaheadCache::queries", shape, layer);
         return token_major(queries_[layer].data(), shape.q_heads, steps(layer), shape.head_dim);
     }
 
@@ -182,6 +183,8 @@ class LookaheadCache<P, Rule>::Ahead {
     [[nodiscard]] std::size_t seen() const { return cache_->fork().seen(); }
     void append(std::size_t layer, HeadsView<const float> k, HeadsView<const float> v,
                 const AppendInputs& inputs = {}) {
+        detail::check_size("LookaheadCache::Ahead::append", "k.tokens", k.tokens,
+                           std::size_t{1});  // one at a time
         cache_->fork().append(layer, k, v, inputs);
     }
     void attend(std::size_t layer, HeadsView<const float> q, HeadsView<float> out) {

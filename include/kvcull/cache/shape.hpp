@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <functional>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -89,6 +90,11 @@ inline CacheShape checked(CacheShape shape) {
                         "a positive number, or 0 for none");
     check<config_error>(shape.traits.empty() || shape.traits.size() == shape.layers, where, "traits.size()",
                         shape.traits.size(), text("layers = ", shape.layers, ", or 0"));
+    constexpr std::size_t most_rows = std::numeric_limits<index_t>::max();
+    for (std::size_t layer = 0; layer < shape.traits.size(); ++layer)
+        check<config_error>(shape.traits[layer].window <= most_rows, where,
+                            text("traits[", layer, "].window"), shape.traits[layer].window,
+                            text("at most ", most_rows, ", or 0 for none"));
     return shape;
 }
 
@@ -99,6 +105,19 @@ void check_heads(std::string_view where, std::string_view name, const HeadsView<
     check_size(where, text(name, ".tokens"), view.tokens, tokens);
     check_size(where, text(name, ".dim"), view.dim, dim);
     check<error::shape_error>(view.data != nullptr, where, text(name, ".data"), "null", "a pointer");
+}
+/// Keys and values of new tokens. @returns the values: latent ones are the front of their keys.
+inline HeadsView<const float> check_keys_values(std::string_view where, const CacheShape& shape,
+                                                HeadsView<const float> k, const HeadsView<const float>& v,
+                                                std::size_t tokens) {
+    check_heads(where, "k", k, shape.kv_heads, tokens, shape.head_dim);
+    if (!shape.latent) {
+        check_heads(where, "v", v, shape.kv_heads, tokens, shape.values());
+        return v;
+    }
+    check<error::shape_error>(v.empty(), where, "v", "given", "none: values are latent in k");
+    k.dim = shape.values();
+    return k;
 }
 
 }  // namespace detail

@@ -2,6 +2,7 @@
 /// Run-time choice of a policy or a budget rule over a list that the caller writes:
 /// "snapkv:window=16,pool=avg".
 
+#include <algorithm>
 #include <charconv>
 #include <concepts>
 #include <cstddef>
@@ -11,6 +12,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "../base/error.hpp"
 #include "../score/concepts.hpp"
@@ -100,14 +102,20 @@ concept Named = std::default_initializable<P> && requires {
 /// Parameters of one policy or rule from "key=value,key=value"; what is not named keeps its default.
 template <Named P>
 [[nodiscard]] P parse_named(std::string_view parameters) {
+    using error::config_error;
     P policy{};
-    while (!parameters.empty()) {
+    std::vector<std::string_view> keys;
+    for (bool more = !parameters.empty(); more;) {
         const std::string_view item = parameters.substr(0, parameters.find(','));
-        parameters.remove_prefix(std::min(parameters.size(), item.size() + 1));
+        more = item.size() < parameters.size();
+        parameters.remove_prefix(item.size() + (more ? 1 : 0));
         const std::size_t equal = item.find('=');
-        detail::check<error::config_error>(equal != std::string_view::npos, P::name, "parameter",
-                                           "\"" + std::string(item) + "\"", "key=value");
-        detail::set_field(policy, item.substr(0, equal), item.substr(equal + 1));
+        detail::check<config_error>(equal != std::string_view::npos, P::name, "parameter",
+                                    "\"" + std::string(item) + "\"", "key=value");
+        const std::string_view key = keys.emplace_back(item.substr(0, equal));
+        detail::check<config_error>(std::count(keys.begin(), keys.end(), key) == 1, P::name, key,
+                                    "given twice", "once");
+        detail::set_field(policy, key, item.substr(equal + 1));
     }
     return policy;
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <span>
 #include <unordered_map>
@@ -22,10 +23,14 @@ namespace kvcull::inline KVCULL_ABI {
 /// they are.
 class Frames {
   public:
-    /// Owned: zeroed, each frame 64-byte aligned. @throws config_error if `count` or `page_bytes` is 0.
+    /// Owned: zeroed, each frame 64-byte aligned. @throws config_error if `count` or `page_bytes` is 0, or
+    /// frames end beyond all memory.
     Frames(std::size_t count, std::size_t page_bytes)
         : page_bytes_(checked(page_bytes)), stride_(round_up(page_bytes)), count_(count) {
         detail::check<error::config_error>(count >= 1, "Frames", "count", count, "at least 1");
+        detail::check<error::config_error>(stride_ >= page_bytes && count <= most_bytes / stride_, "Frames",
+                                           "count", count,
+                                           detail::text("fewer, with page_bytes = ", page_bytes));
         data_ = owned_.get(count * stride_);
         std::memset(data_, 0, count * stride_);
     }
@@ -57,6 +62,7 @@ class Frames {
 
   private:
     using Memory = Scratch<std::byte>;
+    static constexpr std::size_t most_bytes = std::numeric_limits<std::ptrdiff_t>::max();
 
     [[nodiscard]] static std::size_t checked(std::size_t page_bytes) {
         detail::check<error::config_error>(page_bytes >= 1, "Frames", "page_bytes", page_bytes, "at least 1");

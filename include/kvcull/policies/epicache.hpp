@@ -43,8 +43,9 @@ struct EpiCache {
                           Field{"recent", &EpiCache::recent}};
     }
     void check(std::size_t budget) const {
-        detail::check<error::config_error>(sinks + recent <= budget, name, "budget", budget,
-                                           detail::text("at least sinks + recent = ", sinks + recent));
+        const std::size_t stay = protect(budget).rows();
+        detail::check<error::config_error>(stay <= budget, name, "budget", budget,
+                                           detail::text("at least sinks + recent = ", stay));
     }
     [[nodiscard]] constexpr Scope scope() const {
         return heads == HeadBudget::pooled ? Scope::layer_pooled : Scope::head;

@@ -61,7 +61,7 @@ struct Laq {
         detail::check_kernel(where, kernel);
         detail::check<config_error>(lookahead_window >= 1, where, "lookahead_window", lookahead_window,
                                     "at least 1");
-        detail::check<config_error>(lookahead + window >= 1, where, "lookahead", lookahead,
+        detail::check<config_error>(lookahead > 0 || window > 0, where, "lookahead", lookahead,
                                     "at least 1, or a window");
         detail::check<config_error>(budget > window, where, "budget", budget,
                                     detail::text("more than window = ", window));

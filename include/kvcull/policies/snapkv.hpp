@@ -178,8 +178,8 @@ struct SnapKV {
         using error::config_error;
         detail::check_kernel("SnapKV", kernel);
         detail::check<config_error>(window >= 1, "SnapKV", "window", window, "at least 1");
-        detail::check<config_error>(budget > window + sinks, "SnapKV", "budget", budget,
-                                    detail::text("more than window + sinks = ", window + sinks));
+        detail::check<config_error>(budget > protect(budget).rows(), "SnapKV", "budget", budget,
+                                    detail::text("more than window + sinks = ", protect(budget).rows()));
     }
     [[nodiscard]] constexpr Protected protect(std::size_t /*budget*/) const { return {sinks, window}; }
     static constexpr bool ordered() { return true; }

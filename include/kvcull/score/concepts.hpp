@@ -68,6 +68,10 @@ struct Needs {
 /// Rows that a policy keeps before any other, within its budget: the oldest `sinks` and the newest `recent`.
 struct Protected {
     std::size_t sinks = 0, recent = 0;
+
+    [[nodiscard]] constexpr std::size_t rows() const noexcept {
+        return recent > unlimited - sinks ? unlimited : sinks + recent;
+    }
 };
 
 /// What one KV head saw in one call. Query row `r = g * tokens + i` is token `i` of the tile under query head
@@ -297,6 +301,11 @@ concept Gated = SideInput<P> &&
     { policy.gated() } -> std::same_as<bool>;
     policy.check_gates(number, number);                   // layers, kv_heads: config_error
     policy.log_beta(kernels, number, x, out, workspace);  // number: the layer
+};
+/// Reads the output projection of every layer: config_error if there is not one each, of these rows.
+template <class P>
+concept Projects = requires(const P policy, std::size_t number) {
+    policy.check_projection(number, number);  // layers, q_heads * value_dim
 };
 /// Ranks heads together and, where `cut()` gives a score, keeps every row that reaches it, and no other but
 /// protected ones, whatever the budget: none need be given.

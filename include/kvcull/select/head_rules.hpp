@@ -33,7 +33,7 @@ class Competition {
         std::vector<std::uint8_t> fixed;
         for (std::size_t h = 0; h < heads.size(); ++h) {
             Candidates head = heads[h];
-            stay_[h] = std::min(head.protect.sinks + head.protect.recent, mean);
+            stay_[h] = std::min(head.protect.rows(), mean);
             places_ -= stay_[h];
             head.size = head.score.size();
             selector.fix(head, {}, fixed);
@@ -128,7 +128,7 @@ enum class AdaMode : std::uint8_t { interpolate, floor_fill };
 /// Ada-KV (arXiv 2407.11550): the heads of a layer compete, so heads with spread-out attention get more.
 /// `Layers` divides over layers before. Needs scores that compare across heads. Cost: O(heads * n) at an
 /// eviction of the prompt, nothing while decoding: the sizes stay. With `authors` their sum misses the budget
-/// by a few rows, again at every eviction of a prompt.
+/// by a few rows.
 template <BudgetRule Layers = Uniform>
 struct AdaKV {
     static constexpr std::string_view name = ReadsPrompt<Layers> ? "ada_pyramid" : "ada";
@@ -228,8 +228,7 @@ struct HeadTable {
         detail::check<error::config_error>(heads.size() == kv_heads, name, "kv_heads", kv_heads,
                                            heads.size());
         for (std::size_t h = 0; h < kv_heads; ++h) {
-            const std::size_t stay = heads[h].protect.sinks + heads[h].protect.recent,
-                              n = heads[h].score.size();
+            const std::size_t stay = heads[h].protect.rows(), n = heads[h].score.size();
             out[h] = stay + std::min(capacity[layer * kv_heads + h], n - std::min(stay, n));
         }
     }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <span>
 #include <string_view>
@@ -28,9 +29,16 @@ enum class Rounding : std::uint8_t { exact, authors };
 
 namespace detail {
 
+/// Rules multiply sizes, and no head has more rows than its numbers count. @throws config_error
+inline void check_mean(std::string_view rule, std::size_t mean) {
+    constexpr std::size_t most = std::numeric_limits<index_t>::max();
+    check<error::config_error>(mean <= most, rule, "budget", mean, text("at most ", most));
+}
+
 /// The places that rows compete for: `mean` less the rows that stay anyway. @throws config_error if none.
 [[nodiscard]] inline std::size_t capacity(std::string_view rule, std::size_t mean, Protected protect) {
-    const std::size_t stay = protect.sinks + protect.recent;
+    check_mean(rule, mean);
+    const std::size_t stay = protect.rows();
     check<error::config_error>(mean > stay, rule, "budget", mean,
                                text("more than the ", stay, " protected rows"));
     return mean - stay;
@@ -159,6 +167,7 @@ struct BySimilarity {
     void layer_sizes(std::size_t mean, std::size_t /*prompt*/, Protected protect,
                      std::span<std::size_t> out) const {
         check(out.size());
+        detail::check_mean(name, mean);
         std::vector<std::size_t> sizes(out.size(), mean);
         if (!similarity.empty() && alpha > 0) {
             if (weights == Weights::repo)
@@ -167,9 +176,8 @@ struct BySimilarity {
                 divide(mean, sizes);
         }
         const std::size_t least = *std::min_element(sizes.begin(), sizes.end());
-        detail::check<error::config_error>(
-            protect.sinks + protect.recent <= least, name, "rows of the smallest layer", least,
-            detail::text("at least the ", protect.sinks + protect.recent, " protected rows"));
+        detail::check<error::config_error>(protect.rows() <= least, name, "rows of the smallest layer", least,
+                                           detail::text("at least the ", protect.rows(), " protected rows"));
         std::copy(sizes.begin(), sizes.end(), out.begin());
     }
 
