@@ -341,7 +341,8 @@ TEST_CASE("what cannot be a joint step is refused before any cache changes", "[c
     step.attend(0, q, k, v, out.layer(0));
     REQUIRE_THROWS_AS(step.attend(0, q, k, v, out.layer(0)), error::state_error);
     REQUIRE_THROWS_AS(step.add(other, 1), error::state_error);
-    REQUIRE_THROWS_AS(step.cancel(), error::state_error);
+    REQUIRE(failure<error::state_error>([&] { step.end(); }) ==
+            "JointStep::end: layers attended is 1, want 2");
     step.attend(1, stream.q(1, 0, 3), stream.k(1, 0, 3), stream.v(1, 0, 3), out.layer(1));
     const std::vector<std::int32_t> ids(2);
     REQUIRE_THROWS_AS(step.end({.tokens = ids}), error::shape_error);
@@ -361,7 +362,23 @@ TEST_CASE("a step that is called off gives its memory back", "[contract]") {
     REQUIRE(pool.bytes() == 0);
     REQUIRE(step.size() == 0);
     REQUIRE(step.add(cache, 1));
+    REQUIRE(failure<error::state_error>([&] { step.end(); }) ==
+            "JointStep::end: layers attended is 0, want 2");
     step.cancel();
+
+    const TokenStream stream(shape, 4, 21);
+    const Mark mark = cache.mark();
+    Outputs out(shape, 1);
+    REQUIRE(step.add(cache, 1));
+    step.attend(0, stream.q(0, 0, 1), stream.k(0, 0, 1), stream.v(0, 0, 1), out.layer(0));
+    step.cancel();  // as where the engine failed
+    REQUIRE(step.size() == 0);
+    cache.rollback(mark);
+    std::vector<Share> shares{{&stream, 0, 1}};
+    REQUIRE(step.add(cache, 1));
+    feed(step, shares);
+    step.end();
+    REQUIRE(cache.seen() == 1);
 }
 
 TEST_CASE("what a sequence's own callback throws takes that sequence out alone", "[threads][contract]") {

@@ -146,8 +146,8 @@ class JointStep {
     /// @param q [q_heads, tokens(), head_dim] @param k, v [kv_heads, tokens(), dim] @param out [q_heads,
     /// tokens(), value_dim] @param inputs  of all tokens likewise
     /// @throws what `append` and `attend` throw, with all caches as they were. What comes out of a sequence's
-    /// own callbacks (a bias, a trace) takes that sequence out of the step; all others finish the layer, then
-    /// the first such exception is thrown.
+    /// own callbacks (a bias, a trace) or of its policy, which may refuse side values, takes that sequence
+    /// out of the step; all others finish the layer, then the first such exception is thrown.
     void attend(std::size_t layer, HeadsView<const float> q, HeadsView<const float> k,
                 HeadsView<const float> v, HeadsView<float> out, const AppendInputs& inputs = {}) {
         if (members_.empty()) return;
@@ -171,12 +171,17 @@ class JointStep {
             executor_, [&](std::size_t unit) { start(heads_[unit]); },
             [&](std::size_t unit, std::size_t part) { run(heads_[unit], part); },
             [&](std::size_t unit, std::size_t /*parts*/) { done(heads_[unit]); });
+        ++layers_;
         if (const std::exception_ptr error = untold()) std::rethrow_exception(error);
     }
 
     /// `end_step` of all sequences, which are then free again. @param inputs  of all tokens
+    /// @throws state_error before every layer has attended, shape_error; nothing has changed then.
     void end(const StepInputs& inputs = {}) {
         constexpr std::string_view where = "JointStep::end";
+        if (!members_.empty())
+            detail::check<error::state_error>(layers_ == shape_.layers, where, "layers attended", layers_,
+                                              shape_.layers);
         if (!inputs.tokens.empty())
             detail::check_size(where, "inputs.tokens.size()", inputs.tokens.size(), tokens_);
         if (!inputs.hidden.empty())
@@ -191,10 +196,11 @@ class JointStep {
         forget();
         if (error) std::rethrow_exception(error);
     }
-    /// Instead of the first `attend`: nobody takes part after all, and what was reserved goes back.
+    /// Instead of `end`: nobody takes part any more. Before the first `attend` what was reserved goes back;
+    /// after it the caches are in the middle of a step, from which `rollback` leads.
     void cancel() {
-        detail::check<error::state_error>(!begun_, "JointStep::cancel", "step", "begun", "not begun");
-        for (const Member& member : members_) member.calls->give_back(member.cache);
+        for (const Member& member : members_)
+            if (!begun_) member.calls->give_back(member.cache);
         forget();
     }
 
@@ -228,8 +234,7 @@ class JointStep {
         constexpr std::string_view where = "JointStep::attend";
         detail::check_layer(where, shape_, layer);
         detail::check_heads(where, "q", q, shape_.q_heads, tokens_, shape_.head_dim);
-        detail::check_heads(where, "k", k, shape_.kv_heads, tokens_, shape_.head_dim);
-        if (!shape_.latent) detail::check_heads(where, "v", v, shape_.kv_heads, tokens_, shape_.values());
+        detail::check_keys_values(where, shape_, k, v, tokens_);
         detail::check_heads(where, "out", out, shape_.q_heads, tokens_, shape_.values());
         if (!inputs.positions.empty())
             detail::check_size(where, "inputs.positions.size()", inputs.positions.size(), tokens_);
@@ -316,14 +321,14 @@ class JointStep {
     }
     void forget() noexcept {
         members_.clear();
-        tokens_ = 0;
+        tokens_ = layers_ = 0;
         begun_ = false;
     }
 
     Executor executor_;
     CacheShape shape_;
     std::vector<Member> members_;
-    std::size_t tokens_ = 0;
+    std::size_t tokens_ = 0, layers_ = 0;  // layers that have attended
     bool begun_ = false;
     detail::Schedule schedule_;
     std::vector<Head> heads_;
