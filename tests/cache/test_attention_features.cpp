@@ -335,6 +335,25 @@ TEST_CASE("latent values are the front of their keys and are stored once", "[dif
     CHECK(failure<error::shape_error>([&] {
               cache.append(0, stream.keys(0, 0, 1), stream.values(0, 0, 1));
           }) == "KVCache::append: v is given, want none: values are latent in k");
+
+    KVCache two(apart, Full{});
+    feed(two, stream, 0, 9);
+    std::vector<float> want(7 * 3 * 9), got(want.size());
+    two.probe(1, stream.queries(1, 9, 3), stream.keys(1, 9, 3), stream.values(1, 9, 3),
+              head_major(want.data(), 7, 3, 9));
+    for (std::size_t layer = 0; layer < 2; ++layer) {
+        std::vector<float> out(7 * 9 * 9);
+        cache.append(layer, stream.keys(layer, 0, 9), {});
+        cache.attend(layer, stream.queries(layer, 0, 9), head_major(out.data(), 7, 9, 9));
+    }
+    cache.end_step();
+    const auto probe = [&](HeadsView<const float> v) {
+        cache.probe(1, stream.queries(1, 9, 3), stream.keys(1, 9, 3), v, head_major(got.data(), 7, 3, 9));
+    };
+    CHECK(failure<error::shape_error>([&] { probe(stream.values(1, 9, 3)); }) ==
+          "Evictor::probe: v is given, want none: values are latent in k");
+    probe({});
+    CHECK(same_bits(got, want));
     latent.value_dim = 13;
     CHECK(failure<error::config_error>([&] { KVCache(latent, Full{}); }) ==
           "CacheShape: value_dim is 13, want at most head_dim = 12, as values are latent");

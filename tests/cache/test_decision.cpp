@@ -259,12 +259,13 @@ TEST_CASE("a pooled choice ranks the rows of a layer, or of the model, in one li
     REQUIRE(kept[3] == std::vector<index_t>{0, 5});
 }
 
-TEST_CASE("head sizes keep the layer's total, however they were before", "[contract]") {
+TEST_CASE("a rule divides the layer's size, however heads were divided before", "[contract]") {
     const Rows rows({{1, 9, 9, 9, 9, 9, 9, 1}, {1, 2, 3, 4, 5, 1, 1, 1}});
     std::vector<std::size_t> asked;
     detail::Decision<Probe, AdaLike> decision(shape, {}, {.tokens = 4}, {.asked = &asked});
     Live<Probe> live = live_of<Probe>(rows);
     live.sizes = {1, 7, 4, 4};  // divided otherwise before
+    live.layer_sizes = {4, 4};
     Plan plan;
     decision.choose(live, decision.layer(0), rows.views, Phase::prompt, 0, plan);
     REQUIRE(asked == std::vector<std::size_t>{4});

@@ -132,7 +132,7 @@ TEST_CASE("more tokens than rows have numbers are refused, whatever the pool has
     }
     CHECK(refused<error::capacity_error>(cache, [&] {
               cache.reserve(endless);
-          }).starts_with("KVCache::reserve: tokens is 18446744073709551615, want at most 2147483647"));
+          }).starts_with("KVCache::reserve: rows is 18446744073709551615, want at most 2147483647"));
     const std::string total =
         "Evictor::begin_prompt: total is 18446744073709551607, want below 18446744073709551607";
     CHECK(refused<error::shape_error>(cache, [&] { cache.begin_prompt(endless - 8); }) == total);

@@ -52,6 +52,17 @@ Stream lopsided_stream() {
     return stream;
 }
 
+/// Key norms, at the prompt's end; in the last layer an error as long as `fails` is set.
+struct Failing : KeyNorm {
+    const bool* fails = nullptr;
+
+    static constexpr bool due(const Moment& moment) { return moment.prompt_end; }
+    void score(const State& state, const HeadStep& step, std::span<float> out) const {
+        if (*fails && step.layer == 2) throw error::state_error("no score");
+        KeyNorm::score(state, step, out);
+    }
+};
+
 }  // namespace
 
 TEST_CASE("a prompt in any calls ends with the sizes that the rule gave, and decoding keeps them",
@@ -163,6 +174,81 @@ TEST_CASE("heads hold their pinned rows whatever a rule gives them", "[contract]
         REQUIRE(cache.rows(layer, 0) == 13);
         REQUIRE(cache.positions(layer, 1) == std::vector<position_t>{10, 11, 12});
     }
+}
+
+TEST_CASE("heads hold their pinned rows also where a rule has no room for them", "[contract]") {
+    const Stream stream = random_stream(shape, end, 4);
+    KVCache cache(shape, H2O{.recent = 0}, {.tokens = 8}, HeadTable{{1, 1, 7, 1, 0, 9}, 2});
+    cache.pin(0, 4);
+    feed_prompt(cache, stream, 0, prompt, 60);
+    REQUIRE(rows_of(cache) == std::vector<std::size_t>{4, 4, 4, 4, 4, 5});
+    feed_decode(cache, stream, prompt, end);
+    for (const auto& held : all_positions_of(cache))
+        for (const position_t pinned : {0, 1, 2, 3})
+            REQUIRE(std::find(held.begin(), held.end(), pinned) != held.end());
+}
+
+TEST_CASE("room for new tokens is made beside pinned rows, or not at all", "[contract]") {
+    const Stream stream = random_stream(shape, end, 9);
+    const auto check = [&](const auto& policy, const auto& rule) {
+        KVCache cache(shape, policy, {.tokens = 8}, rule);
+        cache.pin(0, 6);
+        feed_prompt(cache, stream, 0, 12, 12);
+        const auto before = all_positions_of(cache);
+        const auto refused = [&](const std::string& where, std::size_t tokens, std::size_t size) {
+            return "Evictor::" + where + ": tokens is " + std::to_string(tokens) +
+                   ", want at most the budget " + std::to_string(size) + " less the 6 pinned rows of a head";
+        };
+        CHECK(failure<error::shape_error>([&] { cache.make_room(4); }) == refused("make_room", 4, 8));
+        CHECK(failure<error::shape_error>([&] { (void)cache.propose(5); }) == refused("propose", 0, 5));
+        CHECK(all_positions_of(cache) == before);
+        CHECK(cache.fork(cache.propose(6)).positions(2, 1) == std::vector<position_t>{0, 1, 2, 3, 4, 5});
+        cache.make_room(2);
+        for (const auto& held : all_positions_of(cache))
+            CHECK(held == std::vector<position_t>{0, 1, 2, 3, 4, 5});
+    };
+    check(H2O{.recent = 2}, Uniform{});
+    check(Tova{}, Uniform{});
+    check(EpiCache{.sinks = 0, .recent = 0}, Uniform{});
+    check(H2O{.recent = 2}, AdaKV<>{.alpha_permille = 1000});
+}
+
+TEST_CASE("no room is made in layers that a policy skips", "[contract]") {
+    const Stream stream = random_stream(shape, end, 11);
+    KVCache cache(shape, KeyNorm{.skip_layers = 1}, {.tokens = 8});
+    feed_prompt(cache, stream, 0, 20, 20);
+    CHECK(rows_of(cache.fork(cache.propose(5))) == std::vector<std::size_t>{20, 20, 5, 5, 5, 5});
+    cache.make_room(2);
+    REQUIRE(rows_of(cache) == std::vector<std::size_t>{20, 20, 6, 6, 6, 6});
+}
+
+TEST_CASE("a table of rows holds whatever the chunks of a prompt", "[property]") {
+    const Stream stream = random_stream(shape, end, 10);
+    for (const std::size_t chunk : {60U, 20U, 7U, 1U}) {
+        KVCache cache(shape, H2O{}, {.tokens = 16}, HeadTable{{30, 2, 0, 0, 8, 8}, 2});  // 8 rows are recent
+        feed_prompt(cache, stream, 0, prompt, chunk);
+        REQUIRE(rows_of(cache) == std::vector<std::size_t>{38, 10, 8, 8, 16, 16});
+    }
+}
+
+TEST_CASE("a decision that throws leaves sizes and rows as they were, and is taken anew", "[contract]") {
+    const Stream stream = lopsided_stream();
+    bool throws = true;
+    const auto feed_whole = [&](auto& cache) {
+        cache.begin_prompt();
+        feed(cache, stream, 0, prompt);
+    };
+    Failing policy;
+    policy.fails = &throws;
+    KVCache cache(shape, policy, {.tokens = 8}, AdaKV<>{.alpha_permille = 0});
+    feed_whole(cache);
+    const auto before = all_positions_of(cache);
+    REQUIRE_THROWS_AS(cache.end_prompt(), error::state_error);
+    CHECK(all_positions_of(cache) == before);
+    for (std::size_t i = 0; i < 6; ++i) CHECK(cache.evictor().size(i / 2, i % 2) == 8);
+    throws = false;
+    cache.end_prompt();
+    CHECK(rows_of(cache) == std::vector<std::size_t>{16, 0, 16, 0, 16, 0});
 }
 
 TEST_CASE("a rule that does not fit policy and budget is refused when the cache is made", "[contract]") {

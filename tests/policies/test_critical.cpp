@@ -138,14 +138,19 @@ TEST_CASE("parameters and projections that do not fit are refused", "[contract]"
     using error::config_error;
     const Weights weights = random_weights();
     const auto make = [&](Critical<H2O> policy) { KVCache(shape, policy, {.tokens = 9}); };
-    CHECK(failure<config_error>([&] { make({}); }) ==
-          "critical: projection is missing, want the output projection of every layer");
+    CHECK(failure<config_error>([&] { make({}); }) == "critical: number of projections is 0, want 2");
     CHECK_THROWS_AS(make({H2O{}, weights.layers, 1001}), config_error);
     CHECK_THROWS_AS(make({H2O{}, weights.layers, 500, 0, -1.0F}), config_error);
     CHECK_THROWS_AS(make({H2O{}, weights.layers, 500, 0, std::numeric_limits<float>::quiet_NaN()}),
                     config_error);
     CHECK_THROWS_AS(KVCache(shape, Critical<SnapKV>{SnapKV{.window = 9}, weights.layers}, {.tokens = 9}),
                     config_error);  // the base's own check
-    KVCache cache(shape, Critical<H2O>{H2O{.recent = 1}, std::span(weights.layers).first(1)}, {.tokens = 9});
-    CHECK_THROWS_AS(feed(cache, random_stream(shape, 20, 6), 0, 20), error::shape_error);
+    CHECK(failure<config_error>([&] {
+              make({H2O{}, std::span(weights.layers).first(1)});
+          }) == "critical: number of projections is 1, want 2");
+    std::vector<MatrixView<const float>> narrow = weights.layers;
+    narrow[1].rows = 19;
+    CHECK(failure<config_error>([&] {
+              make({H2O{}, narrow});
+          }) == "critical: rows of a projection is 19, want q_heads * value_dim = 20");
 }

@@ -29,11 +29,11 @@ bool same_live(const Live<P>& a, const Live<P>& b) {
     };
     for (std::size_t i = 0; i < a.states.size(); ++i)
         if (!same_bits(state_values(a.states[i]), state_values(b.states[i]))) return false;
-    return a.rows == b.rows && a.sizes == b.sizes && a.since == b.since && a.admitted == b.admitted &&
-           a.stepped == b.stepped && a.decided == b.decided && ranges(a.pinned) == ranges(b.pinned) &&
-           a.seen == b.seen && a.call_tokens == b.call_tokens && a.prompt_end == b.prompt_end &&
-           a.reach == b.reach && a.call_reach == b.call_reach && a.phase == b.phase &&
-           a.resolved == b.resolved && a.hold == b.hold;
+    return a.rows == b.rows && a.sizes == b.sizes && a.layer_sizes == b.layer_sizes && a.since == b.since &&
+           a.admitted == b.admitted && a.stepped == b.stepped && a.decided == b.decided &&
+           ranges(a.pinned) == ranges(b.pinned) && a.seen == b.seen && a.call_tokens == b.call_tokens &&
+           a.prompt_end == b.prompt_end && a.reach == b.reach && a.call_reach == b.call_reach &&
+           a.phase == b.phase && a.resolved == b.resolved && a.hold == b.hold;
 }
 
 }  // namespace kvcull::test

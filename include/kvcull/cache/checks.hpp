@@ -79,10 +79,11 @@ inline Reach check_new_rows(std::string_view where, LayerView cached, std::size_
 }
 
 /// `tokens` more rows fit into heads of `rows`: rows are numbered by `index_t`.
-inline void check_room(std::string_view where, std::size_t tokens, std::span<const std::size_t> rows) {
+inline void check_room(std::string_view where, std::string_view name, std::size_t tokens,
+                       std::span<const std::size_t> rows) {
     const std::size_t most = std::numeric_limits<index_t>::max();
     const std::size_t held = rows.empty() ? 0 : *std::max_element(rows.begin(), rows.end());
-    check<error::capacity_error>(tokens <= most - held, where, "tokens", tokens,
+    check<error::capacity_error>(tokens <= most - held, where, name, tokens,
                                  text("at most ", most - held, " beyond the ", held, " rows of a head"));
 }
 /// A prompt of `total` tokens after `seen`. @returns how many are then seen.
@@ -109,6 +110,24 @@ inline void check_plan(std::string_view where, const CacheShape& shape, const Pl
     }
 }
 
+/// Pinned rows never leave: `coming` more rows must fit into every head beside those that it holds.
+/// @param sizes [layers * kv_heads]: most rows of each head
+inline void check_beside_pinned(std::string_view where, CacheView cached,
+                                std::span<const PositionRange> pinned, std::span<const std::size_t> sizes,
+                                std::size_t coming) {
+    for (std::size_t i = 0; !pinned.empty() && i < sizes.size(); ++i) {
+        const PositionsView& position = cached.heads[i].position;
+        std::size_t stay = 0;
+        for (std::size_t j = 0; j < position.size(); ++j)
+            stay += std::any_of(pinned.begin(), pinned.end(), [at = position[j]](const PositionRange& range) {
+                return range.begin <= at && at < range.end;
+            });
+        check<error::shape_error>(
+            stay <= sizes[i] && coming <= sizes[i] - stay, where, "tokens", coming,
+            text("at most the budget ", sizes[i], " less the ", stay, " pinned rows of a head"));
+    }
+}
+
 /// New tokens may enter a layer now.
 template <class Decision, class Live>
 void check_admit(std::string_view where, const Decision& decision, const Live& live, std::size_t layer,
@@ -119,7 +138,7 @@ void check_admit(std::string_view where, const Decision& decision, const Live& l
     check<error::shape_error>(tokens > 0, where, "tokens", tokens, "at least 1");
     if (live.call_tokens != 0) check_size(where, "tokens", tokens, live.call_tokens);
     const std::size_t heads = decision.shape.kv_heads;
-    check_room(where, tokens, std::span(live.rows).subspan(layer * heads, heads));
+    check_room(where, "tokens", tokens, std::span(live.rows).subspan(layer * heads, heads));
     const bool prompt = live.phase == Phase::prompt;
     check<error::state_error>(live.resolved || decision.budget.ratio == 0.0 || prompt, where, "budget",
                               "a ratio of a prompt that was not given", "begin_prompt first");

@@ -62,10 +62,9 @@ class Decision : public Terms<P, Rule> {
     }
     /// The policy's scores of one head, or, with `queries` [q_heads, R, d] of every layer, those of its
     /// look-ahead.
-    void score(Live<P>& live, std::size_t index, HeadStep step,
-               std::span<const HeadsView<const float>> queries, std::size_t coming, TileScratch& scratch,
+    void score(Live<P>& live, std::size_t index, const HeadStep& step,
+               std::span<const HeadsView<const float>> queries, TileScratch& scratch,
                std::span<float> out) const {
-        step.protect = protection(live.sizes[index], coming, !queries.empty());
         if constexpr (Lookahead<P>) {
             if (!queries.empty()) {
                 const HeadsView<const float>& given = queries[step.layer];
@@ -90,6 +89,12 @@ class Decision : public Terms<P, Rule> {
     void choose(Live<P>& live, Span span, std::span<const HeadView> views, Phase phase, std::size_t coming,
                 Plan& plan, std::span<const HeadsView<const float>> queries = {}) {
         const std::size_t first = span.first, count = span.count;
+        const bool divides =
+            phase == Phase::prompt && coming == 0 && scope() == Scope::head && divides_heads(rule);
+        // A rule divides as if the heads were still alike, however it has divided earlier chunks.
+        const auto size_of = [&](std::size_t i) {
+            return divides ? live.layer_sizes[(first + i) / shape.kv_heads] : live.sizes[first + i];
+        };
         for (std::size_t from = 0; from < count; from += shape.kv_heads)
             workers.for_each_head(shape.kv_heads, [&](std::size_t h, TileScratch& scratch) {
                 const std::size_t i = from + h, n = live.rows[first + i];
@@ -99,12 +104,13 @@ class Decision : public Terms<P, Rule> {
                 }
                 HeadStep step = head_step(live, first + i, views[i], scratch);
                 step.phase = phase;
-                score(live, first + i, step, queries, coming, scratch, {scores_[i].get(n), n});
+                step.protect = protection(size_of(i), coming, !queries.empty());
+                score(live, first + i, step, queries, scratch, {scores_[i].get(n), n});
             });
 
         candidates_.clear();
         for (std::size_t i = 0; i < count; ++i) {
-            const std::size_t size = live.sizes[first + i], n = live.rows[first + i];
+            const std::size_t size = size_of(i), n = live.rows[first + i];
             if (spares((first + i) / shape.kv_heads)) {  // ranked with the others, but all of it is protected
                 std::fill_n(scores_[i].data(), n, 0.0F);
                 candidates_.push_back({{scores_[i].data(), n}, views[i].position, n, {.recent = n}});
@@ -116,8 +122,7 @@ class Decision : public Terms<P, Rule> {
                                    protection(size, coming, !queries.empty())});
         }
         if constexpr (HeadBudgetRule<Rule>)
-            if (divides_heads(rule) && phase == Phase::prompt && coming == 0 && scope() == Scope::head)
-                divide(live, span);
+            if (divides) divide(live, span);
         const auto add = [&](std::size_t i, std::span<const index_t> keep) {
             const float* score = scores_[scope() == Scope::layer_shared ? 0 : i].data();
             report(live, first + i, views[i].position, keep, {score, live.rows[first + i]});
@@ -242,20 +247,19 @@ class Decision : public Terms<P, Rule> {
         report(live, index, position, keeps_[0], {}, reason);
         plan.add(layer, index % shape.kv_heads, live.rows[index], keeps_[0], compaction_of(layer));
     }
-    /// The rule's sizes of a layer's heads. The total stays: after an earlier division the heads' own sizes
-    /// differ. Pinned rows always fit.
+    /// The rule's sizes of a layer's heads. Pinned rows always fit, at the cost of the largest heads while
+    /// these have more.
     void divide(Live<P>& live, Span span) {
-        std::size_t total = 0, pinned = 0;
-        for (const Candidates& head : candidates_) total += head.size;
+        const std::size_t layer_of = span.first / shape.kv_heads;
+        std::size_t pinned = 0;
         for (const PositionRange& range : live.pinned)
             pinned += static_cast<std::size_t>(range.end - range.begin);
         std::vector<std::size_t> sizes(span.count);
-        rule.head_sizes(span.first / shape.kv_heads, candidates_, total / span.count, sizes);
+        rule.head_sizes(layer_of, candidates_, live.layer_sizes[layer_of], sizes);
         for (std::size_t& size : sizes)
             for (; size < pinned; ++size) {
                 std::size_t& largest = *std::max_element(sizes.begin(), sizes.end());
-                if (largest <= pinned) break;
-                --largest;
+                if (largest > pinned) --largest;
             }
         for (std::size_t i = 0; i < span.count; ++i)
             live.sizes[span.first + i] = candidates_[i].size = sizes[i];
@@ -327,6 +331,38 @@ class Decision : public Terms<P, Rule> {
     std::vector<std::vector<index_t>> keeps_;  // of heads that are ranked together, else of one after another
     std::vector<Candidates> candidates_;
     std::vector<std::uint8_t> fixed_;
+};
+
+/// While it lives, decisions are for `size` rows per head and leave nothing behind.
+template <Policy P, BudgetRule Rule>
+class Trial {
+  public:
+    Trial(Decision<P, Rule>& decision, Live<P>& live, std::size_t size)
+        : decision_(decision),
+          live_(live),
+          sizes_(live.sizes.size(), size),
+          layer_sizes_(live.layer_sizes.size(), size) {
+        for (std::size_t i = 0; i < sizes_.size(); ++i)
+            if (decision.spares(i / decision.shape.kv_heads)) sizes_[i] = unlimited;
+        swap();
+    }
+    Trial(const Trial&) = delete;
+    Trial& operator=(const Trial&) = delete;
+    ~Trial() { swap(); }
+
+  private:
+    void swap() noexcept {
+        live_.sizes.swap(sizes_);
+        live_.layer_sizes.swap(layer_sizes_);
+        decision_.trace.swap(silent_);
+        std::swap(decision_.given_up, given_up_);
+    }
+
+    Decision<P, Rule>& decision_;
+    Live<P>& live_;
+    std::vector<std::size_t> sizes_, layer_sizes_;
+    EvictionTrace silent_;  // as nothing leaves
+    double given_up_ = 0.0;
 };
 
 }  // namespace kvcull::inline KVCULL_ABI::detail

@@ -284,12 +284,14 @@ class Evictor {
             detail::show_waiting(decision_, live_, call.layer, call.cached, 0, call.evicts);
         live_.stepped[call.layer] = 1;
         live_.call_reach = call.reach;
-        plan_.clear();
-        if (call.spared)
-            decision_.leave_window(live_, call.layer, call.cached, plan_);
-        else if (decides_per_layer())
-            decide(decision_.layer(call.layer), call.cached, call.moment);
-        decision_.forget(live_, call.cached, plan_);
+        plan([&] {
+            if (call.spared)
+                decision_.leave_window(live_, call.layer, call.cached, plan_);
+            else if (decides_per_layer())
+                decide(decision_.layer(call.layer), call.cached, call.moment);
+            decision_.forget(live_, call.cached, plan_);
+        });
+        if (decides_per_layer() && call.moment.prompt_end && !live_.hold) live_.decided[call.layer] = 1;
         live_.commit(plan_, call.cached, flat(call.layer, 0));
         return plan_;
     }
@@ -310,8 +312,13 @@ class Evictor {
         }
         if constexpr (SequenceState<P>) policy().end_step(live_.sequence, completed(inputs, cached));
         const std::size_t tokens = live_.end_call();
-        plan_.clear();
-        if (decides_at_end()) decide_all(cached, live_.seen == live_.prompt_end, tokens);
+        const bool prompt_end = live_.seen == live_.prompt_end;
+        plan([&] {
+            if (decides_at_end()) decide_all(cached, prompt_end, tokens);
+        });
+        if (decides_at_end() && prompt_end && !live_.hold)
+            std::fill(live_.decided.begin(), live_.decided.end(), std::uint8_t{1});
+        live_.commit(plan_, cached.heads, 0);
         return plan_;
     }
 
@@ -330,9 +337,11 @@ class Evictor {
         if (late && (decision_.budget.ratio != 0.0 ||
                      (ReadsPrompt<Rule> && live_.resolved && !decision_.may_fall_due(Phase::prompt, false))))
             decision_.resolve(live_, budget_tokens(decision_.budget, live_.seen), live_.seen);
-        plan_.clear();
-        if (!Lookahead<P> && live_.seen > 0) decide_all(cached, true, 0);
-        if constexpr (EndsPrompt<P>) policy().end_prompt(live_.sequence, completed({}, {}));
+        plan([&] {
+            if (!Lookahead<P> && live_.seen > 0) decide_all(cached, true, 0);
+            if constexpr (EndsPrompt<P>) policy().end_prompt(live_.sequence, completed({}, {}));
+        });
+        live_.commit(plan_, cached.heads, 0);
         live_.phase = Phase::decode;
         live_.prompt_end = unlimited;
         std::fill(live_.since.begin(), live_.since.end(), std::size_t{0});
@@ -349,15 +358,18 @@ class Evictor {
         for (const std::size_t size : live_.sizes)
             detail::check<error::shape_error>(tokens <= size, where, "tokens", tokens,
                                               detail::text("at most the budget ", size));
-        plan_.clear();
-        if (!decision_.never) choose_where_over(cached, tokens, live_.phase);
+        detail::check_beside_pinned(where, cached, live_.pinned, live_.sizes, tokens);
+        plan([&] {
+            if (!decision_.never) choose_where_over(cached, tokens, live_.phase);
+        });
         live_.commit(plan_, cached.heads, 0);
         return plan_;
     }
 
     /// Query rows that attend to the cached rows and to their own keys before them, and are not kept.
-    /// @param k, v [kv_heads, c, dim] @param out as in `step`. A policy whose `needs(Phase::probe).rows` is
-    /// not 0 observes every row, with attention over the cached rows alone, and may evict here.
+    /// @param k, v [kv_heads, c, dim]; v {} if values are latent. @param out as in `step`. A policy whose
+    /// `needs(Phase::probe).rows` is not 0 observes every row, with attention over the cached rows alone, and
+    /// may evict here.
     const Plan& probe(std::size_t layer, LayerView cached, HeadsView<const float> q, HeadsView<const float> k,
                       HeadsView<const float> v, HeadsView<float> out) {
         constexpr std::string_view where = "Evictor::probe";
@@ -365,8 +377,7 @@ class Evictor {
         detail::check_layer(where, shape(), layer);
         detail::check<error::shape_error>(q.tokens > 0, where, "q.tokens", q.tokens, "at least 1");
         detail::check_heads(where, "q", q, shape().q_heads, q.tokens, shape().head_dim);
-        detail::check_heads(where, "k", k, shape().kv_heads, q.tokens, shape().head_dim);
-        detail::check_heads(where, "v", v, shape().kv_heads, q.tokens, shape().values());
+        const HeadsView<const float> values = detail::check_keys_values(where, shape(), k, v, q.tokens);
         detail::check_heads(where, "out", out, shape().q_heads, q.tokens, shape().values());
         detail::check_cached(where, shape(), cached, rows_of(layer), 0);
         check_held(where, "cached", cached, flat(layer, 0), 0);
@@ -378,7 +389,7 @@ class Evictor {
             head.phase = Phase::probe;
             detail::for_each_tile(head, q, h * shape().group(), mask(layer, false), {}, all, scratch,
                                   [&](const HeadStep& tile) {
-                                      detail::add_own_rows(tile, mask(layer, false), k, v, out, scratch);
+                                      detail::add_own_rows(tile, mask(layer, false), k, values, out, scratch);
                                       if (asked.rows > 0 && !decision_.spares(layer))
                                           policy().observe(live_.states[flat(layer, h)], tile);
                                   });
@@ -418,25 +429,10 @@ class Evictor {
         constexpr std::string_view where = "Evictor::propose";
         require_idle(where);
         check_all(where, cached);
-        std::vector<std::size_t> sizes(shape().heads(), size);
-        for (std::size_t i = 0; i < sizes.size(); ++i)
-            if (decision_.spares(i / shape().kv_heads)) sizes[i] = unlimited;
-        EvictionTrace silent;  // as nothing leaves
-        double given_up = 0.0;
-        const auto swap = [&] {
-            std::swap(given_up, decision_.given_up);
-            std::swap(sizes, live_.sizes);
-            std::swap(silent, decision_.trace);
-        };
         plan_.clear();
-        swap();
-        try {
-            choose_where_over(cached, 0, live_.phase);
-        } catch (...) {
-            swap();
-            throw;
-        }
-        swap();
+        const detail::Trial trial(decision_, live_, size);
+        detail::check_beside_pinned(where, cached, live_.pinned, live_.sizes, 0);
+        choose_where_over(cached, 0, live_.phase);
         return plan_;
     }
     /// The states follow a plan that `propose` or the caller made. Positions are then taken on trust once.
@@ -454,14 +450,9 @@ class Evictor {
         require_idle(where);
         check_all(where, cached);
         detail::check_queries(where, shape(), q);
-        plan_.clear();
-        std::vector<std::size_t> sizes = live_.sizes;  // a rule may divide them anew
-        try {
+        plan([&] {
             if (!live_.hold) choose_where_over(cached, 0, Phase::prompt, q);
-        } catch (...) {
-            live_.sizes.swap(sizes);
-            throw;
-        }
+        });
         live_.commit(plan_, cached.heads, 0);
         return plan_;
     }
@@ -477,8 +468,9 @@ class Evictor {
         require_none_waits("Evictor::scores");
         check_held("Evictor::scores", "cached", {&cached, 1}, flat(layer, head), 0);
         detail::TileScratch& scratch = decision_.workers.scratch_of(0);
-        decision_.score(live_, flat(layer, head),
-                        decision_.head_step(live_, flat(layer, head), cached, scratch), {}, 0, scratch, out);
+        HeadStep step = decision_.head_step(live_, flat(layer, head), cached, scratch);
+        step.protect = decision_.protection(live_.sizes[flat(layer, head)], 0, true);
+        decision_.score(live_, flat(layer, head), step, {}, scratch, out);
     }
 
     /// Whether `end_step` takes the decisions, so that it needs views of all layers.
@@ -546,13 +538,25 @@ class Evictor {
     }
     /// Whether a layer decides at the end of its own call.
     [[nodiscard]] bool decides_per_layer() const { return !decides_late<P> && !decision_.pools_model(); }
+    /// Makes the plan by `choose`. If that throws, sizes that a rule has divided are as before.
+    template <class Choose>
+    void plan(const Choose& choose) {
+        plan_.clear();
+        if (!divides_heads(decision_.rule)) return choose();
+        undivided_ = live_.sizes;
+        try {
+            choose();
+        } catch (...) {
+            live_.sizes.swap(undivided_);
+            throw;
+        }
+    }
     /// Adds what one span keeps to the plan, if it is time.
     void decide(typename detail::Decision<P, Rule>::Span span, std::span<const HeadView> views,
                 const Moment& moment) {
         const std::size_t layer = span.first / shape().kv_heads;
         if (decision_.pauses(live_, layer, moment)) return;
         if (decision_.due_now(live_, span, moment)) choose(span, views, moment.phase, 0);
-        if (moment.prompt_end) live_.decided[layer] = 1;
     }
     /// What the caller says of a step, and what it need not say.
     [[nodiscard]] StepInputs completed(StepInputs inputs, CacheView cached) const {
@@ -568,12 +572,12 @@ class Evictor {
             .phase = live_.phase, .prompt_end = prompt_end, .seen = live_.seen, .tokens = tokens};
         decision_.for_each_span(
             [&](auto span) { decide(span, cached.heads.subspan(span.first, span.count), moment); });
-        live_.commit(plan_, cached.heads, 0);
     }
+    /// Also for a policy that never evicts, but not from layers that one skips.
     void choose_where_over(CacheView cached, std::size_t coming, Phase phase,
                            std::span<const HeadsView<const float>> queries = {}) {
         decision_.for_each_span([&](auto span) {
-            if (decision_.over(live_, span, coming))
+            if (decision_.over(live_, span, coming) && (decision_.never || decision_.ever_evicts(span)))
                 choose(span, cached.heads.subspan(span.first, span.count), phase, coming, queries);
         });
     }
@@ -587,8 +591,9 @@ class Evictor {
     detail::Decision<P, Rule> decision_;
     Live<P> live_;
     Plan plan_;
-    Scratch<float> log_beta_;  // [kv_heads, c] that gates made
-    std::size_t buffer_ = 0;   // queries that may wait in a layer
+    std::vector<std::size_t> undivided_;  // sizes, while a plan is made
+    Scratch<float> log_beta_;             // [kv_heads, c] that gates made
+    std::size_t buffer_ = 0;              // queries that may wait in a layer
 };
 
 }  // namespace kvcull::inline KVCULL_ABI

@@ -90,7 +90,7 @@ class KVCache {
     /// What `prepare(tokens)` takes from the pool now: the most that a step of so many tokens needs beyond
     /// what the cache holds. For admission. O(blocks). @throws capacity_error if no pool can give that.
     [[nodiscard]] std::size_t step_bytes(std::size_t tokens) const {
-        detail::check_room("KVCache::step_bytes", tokens, evictor_.live().rows);
+        detail::check_room("KVCache::step_bytes", "tokens", tokens, evictor_.live().rows);
         const std::size_t blocks = step_blocks(tokens);
         return (blocks - std::min(blocks, storage_.spares())) * storage_.layout().block_bytes();
     }
@@ -103,7 +103,7 @@ class KVCache {
     /// for memory of a fixed size that some states take when they see their first token.
     /// @throws capacity_error if the pool cannot give them.
     void reserve(std::size_t rows) {
-        detail::check_room("KVCache::reserve", rows, {});
+        detail::check_room("KVCache::reserve", "rows", rows, {});
         const std::size_t blocks = shape().heads() * storage_.layout().blocks_for(rows);
         const std::size_t spares = storage_.spares();
         storage_.reserve_spares(blocks - std::min(blocks, table_blocks()));
@@ -121,7 +121,7 @@ class KVCache {
     /// @throws capacity_error; the cache is then as it was.
     void prepare(std::size_t tokens) {
         require_idle("KVCache::prepare");
-        detail::check_room("KVCache::prepare", tokens, evictor_.live().rows);
+        detail::check_room("KVCache::prepare", "tokens", tokens, evictor_.live().rows);
         if (tokens == 0) return release_spares();
         undo_spares_on_error(storage_.spares(), [&] { reserve_step(tokens); });
         note_peak();
@@ -361,11 +361,7 @@ class KVCache {
         constexpr std::string_view where = "KVCache::append";
         const std::size_t c = k.tokens;
         evictor_.check_admit(where, layer, c, inputs);
-        detail::check_heads(where, "k", k, shape().kv_heads, c, shape().head_dim);
-        if (shape().latent)
-            detail::check<error::shape_error>(v.empty(), where, "v", "given", "none: values are latent in k");
-        else
-            detail::check_heads(where, "v", v, shape().kv_heads, c, shape().values());
+        detail::check_keys_values(where, shape(), k, v, c);
         const std::span<const position_t> given = inputs.positions;
         const position_t next = evictor_.next_position(),
                          behind = std::numeric_limits<position_t>::max() - next;

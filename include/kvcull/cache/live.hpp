@@ -42,6 +42,7 @@ struct Live {
     std::vector<typename P::State> states;  // [layers * kv_heads]
     typename detail::SequenceOf<P>::type sequence{};
     std::vector<std::size_t> rows, sizes;         // [layers * kv_heads]: held; allowed after an eviction
+    std::vector<std::size_t> layer_sizes;         // [layers]: of each head, before a rule divides over heads
     std::vector<std::size_t> since;               // [layers]: tokens decoded since the last eviction
     std::vector<std::uint8_t> admitted, stepped;  // [layers]: in the call that runs now
     std::vector<std::uint8_t> decided;            // [layers]: the prompt's last decision was taken
@@ -60,6 +61,7 @@ struct Live {
         : states(shape.heads()),
           rows(shape.heads(), 0),
           sizes(shape.heads(), unlimited),
+          layer_sizes(shape.layers, unlimited),
           since(shape.layers, 0),
           admitted(shape.layers, 0),
           stepped(shape.layers, 0),

@@ -227,6 +227,7 @@ template <Savable P, BudgetRule Rule>
                                    static_cast<std::size_t>(live.phase), std::size_t{live.resolved},
                                    std::size_t{live.hold}, live.reach.unbroken});
     tensors.add_counts("sizes", live.sizes);
+    tensors.add_counts("layer_sizes", live.layer_sizes);
     tensors.add_counts("since", live.since);
     tensors.add_counts("decided", live.decided);
     tensors.add("gone", live.gone);
@@ -319,6 +320,7 @@ void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
     detail::check<format_error>(live.reach.unbroken <= most, "load", "tokens without a gap",
                                 live.reach.unbroken, detail::text("at most ", most));
     live.sizes = saved.counts<std::size_t>("sizes", shape.heads());
+    live.layer_sizes = saved.counts<std::size_t>("layer_sizes", shape.layers);
     live.since = saved.counts<std::size_t>("since", shape.layers);
     live.decided = saved.counts<std::uint8_t>("decided", shape.layers);
     live.gone = saved.numbers<position_t>("gone", shape.layers);

@@ -45,6 +45,7 @@ class Terms {
         const bool bounded = !never && !cut_of(policy);
         if (bounded || budget.tokens > 0 || budget.ratio != 0.0) check_budget(budget);
         if constexpr (Gated<P>) policy.check_gates(shape.layers, shape.kv_heads);
+        if constexpr (Projects<P>) policy.check_projection(shape.layers, shape.q_heads * shape.values());
     }
 
     const CacheShape shape;
@@ -110,10 +111,9 @@ class Terms {
         if constexpr (Checked<P>) policy.check(tokens);
         std::vector<std::size_t> layers(shape.layers), sizes(shape.heads());
         rule.layer_sizes(tokens, prompt, protection(tokens, 0, true), layers);
-        for (std::size_t i = 0; i < sizes.size(); ++i) {
-            const std::size_t index = i / shape.kv_heads;
-            sizes[i] = spares(index) ? unlimited : layers[index];
-        }
+        for (std::size_t index = 0; index < shape.layers; ++index)
+            if (spares(index)) layers[index] = unlimited;
+        for (std::size_t i = 0; i < sizes.size(); ++i) sizes[i] = layers[i / shape.kv_heads];
         if (pools_model() && reduction) {  // then no layer is spared
             const std::size_t total = std::accumulate(sizes.begin(), sizes.end(), std::size_t{0});
             std::fill(sizes.begin(), sizes.end(),
@@ -122,6 +122,7 @@ class Terms {
         }
         check_pins(live.pinned, sizes);
         live.sizes = std::move(sizes);
+        live.layer_sizes = std::move(layers);
         live.resolved = true;
     }
     void check_pins(std::span<const PositionRange> pinned, std::span<const std::size_t> sizes) const {
@@ -134,26 +135,38 @@ class Terms {
                                        text("at least the pinned ", total));
     }
 
-    /// Whether the policy would evict at all at such a moment in some layer, however many rows there are.
-    /// Zero is tried too, as it is a multiple of every interval.
-    [[nodiscard]] bool may_fall_due(Phase phase, bool prompt_end) const {
+    /// Whether the policy would evict at all at such a moment in a layer, however many rows there are. Zero
+    /// is tried too, as it is a multiple of every interval.
+    [[nodiscard]] bool may_fall_due(std::size_t layer, Phase phase, bool prompt_end) const {
         constexpr std::size_t many = unlimited / 4;
-        for (std::size_t layer = 0; layer < shape.layers; ++layer) {
-            if (spares(layer)) continue;
-            for (const std::size_t seen : {std::size_t{0}, many})
-                for (const std::size_t since : {std::size_t{0}, many})
-                    if (due({.phase = phase,
-                             .prompt_end = prompt_end,
-                             .layer = layer,
-                             .seen = seen,
-                             .tokens = 1,
-                             .since = since,
-                             .rows = many,
-                             .budget = 1},
-                            1))
-                        return true;
-        }
+        for (const std::size_t seen : {std::size_t{0}, many})
+            for (const std::size_t since : {std::size_t{0}, many})
+                if (due({.phase = phase,
+                         .prompt_end = prompt_end,
+                         .layer = layer,
+                         .seen = seen,
+                         .tokens = 1,
+                         .since = since,
+                         .rows = many,
+                         .budget = 1},
+                        1))
+                    return true;
         return false;
+    }
+    /// The same in some layer.
+    [[nodiscard]] bool may_fall_due(Phase phase, bool prompt_end) const {
+        bool may = false;
+        for (std::size_t layer = 0; layer < shape.layers; ++layer)
+            may = may || (!spares(layer) && may_fall_due(layer, phase, prompt_end));
+        return may;
+    }
+    /// Whether the policy ever evicts from the heads, as it does not from layers that it skips.
+    [[nodiscard]] bool ever_evicts(Span span) const {
+        bool may = decides_late<P> || pools_model();
+        for (const Phase phase : {Phase::prompt, Phase::decode, Phase::probe})
+            for (const bool prompt_end : {false, true})
+                may = may || may_fall_due(span.first / shape.kv_heads, phase, prompt_end);
+        return may;
     }
     /// Whether the heads hold more than they may once `coming` rows have joined.
     [[nodiscard]] bool over(const Live<P>& live, Span span, std::size_t coming) const {

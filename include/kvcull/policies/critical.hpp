@@ -64,16 +64,21 @@ struct Critical : Base {
     std::size_t safe = 0;             // rows that the first stage has at least, protected ones included
     float eps = 1e-4F;                // >= 0
 
-    /// @throws config_error, also for a projection that is missing.
     void check(std::size_t budget) const {
         using error::config_error;
         if constexpr (Checked<Base>) Base::check(budget);
-        detail::check<config_error>(!projection.empty(), name, "projection", "missing",
-                                    "the output projection of every layer");
         detail::check<config_error>(half_permille <= 1000, name, "half_permille", half_permille,
                                     "at most 1000");
         detail::check<config_error>(is_finite(eps) && eps >= 0, name, "eps", eps,
                                     "a finite number, not negative");
+    }
+    void check_projection(std::size_t layers, std::size_t rows) const {
+        using error::config_error;
+        detail::check<config_error>(projection.size() == layers, name, "number of projections",
+                                    projection.size(), layers);
+        for (const MatrixView<const float>& wo : projection)
+            detail::check<config_error>(wo.rows == rows, name, "rows of a projection", wo.rows,
+                                        detail::text("q_heads * value_dim = ", rows));
     }
     [[nodiscard]] std::size_t wrapper_workspace(std::size_t rows, std::size_t /*group*/,
                                                 std::size_t dim) const {
@@ -81,14 +86,10 @@ struct Critical : Base {
         for (const auto& wo : projection) width = std::max(width, wo.cols);
         return 2 * rows + projected_scratch(dim, width);
     }
-    /// |v Wo|_1 of every row of a head, mean over its query heads; out[n]. @throws shape_error
+    /// |v Wo|_1 of every row of a head, mean over its query heads; out[n].
     void norms(const HeadStep& step, std::span<float> out, float* scratch) const {
         const std::size_t rows = step.group * step.cached.v.dim();
-        detail::check<error::shape_error>(step.layer < projection.size(), name, "number of projections",
-                                          projection.size(), detail::text("one for layer ", step.layer));
         const MatrixView<const float>& wo = projection[step.layer];
-        detail::check<error::shape_error>((step.head + 1) * rows <= wo.rows, name, "rows of a projection",
-                                          wo.rows, "q_heads * value_dim");
         projected_norms(*step.kernels, step.cached.v, {wo[step.head * rows].data(), rows, wo.cols, wo.stride},
                         step.group, out, scratch);
     }
