@@ -21,9 +21,9 @@ namespace kvcull::inline KVCULL_ABI {
 ///     joint A^2 |v + z (v - o)|^2        separate value + key
 ///
 /// summed over rows and the group. Everything else (which rows count, smoothing, protection) is that of a
-/// base. State: 4 bytes per token and KV head, 4 more for a norm that is kept, 8 G more if `lagged`. Cost per
-/// counted row: O(G n) for `value`; for `key`, `joint` and `separate` another pass over V, O(G n d), which
-/// `lagged` moves into the next token's attention.
+/// base. State: 4 bytes per token and KV head, 4 more for a norm that is kept (of all but `attention` and
+/// `key`), 8 G more if `lagged`. Cost per counted row: O(G n) for `value`; for `key`, `joint` and `separate`
+/// another pass over V, O(G n d), which `lagged` moves into the next token's attention.
 struct OBCache {
     static constexpr std::string_view name = "obcache";
     static constexpr std::size_t usual_recent = 16;
@@ -88,7 +88,7 @@ struct OBCache {
     [[nodiscard]] constexpr bool ordered() const { return smoother() != Pool::none && smoothing() > 1; }
     [[nodiscard]] constexpr std::size_t workspace(std::size_t rows, std::size_t group,
                                                   std::size_t dim) const {
-        return std::max(rows, (2 * group + 1) * detail::distance_rows + dim);
+        return std::max(rows, scratch(group, dim));
     }
     [[nodiscard]] constexpr bool due(const Moment& moment) const {
         return (decode_evict || moment.phase != Phase::decode) && moment.rows > moment.budget &&
@@ -153,11 +153,15 @@ struct OBCache {
     }
 
   private:
+    [[nodiscard]] static constexpr std::size_t scratch(std::size_t count, std::size_t dim) noexcept {
+        return 3 * count * detail::distance_rows + dim;
+    }
     [[nodiscard]] constexpr bool reads_outputs() const {
         return kind == Score::key || kind == Score::joint || kind == Score::separate;
     }
     [[nodiscard]] constexpr bool wants_norm() const {
-        return kind == Score::value_l1 || kind == Score::value || kind == Score::separate;
+        return kind == Score::value_l1 || kind == Score::value || kind == Score::separate ||
+               (kind == Score::joint && norms == Norms::kept);
     }
     [[nodiscard]] constexpr std::size_t newest() const {
         return recent.value_or(base == Base::tova ? 0 : usual_recent);
@@ -217,7 +221,7 @@ struct OBCache {
         constexpr std::size_t stride = detail::distance_rows;
         const std::size_t dim = step.cached.v.dim();
         const RowsView& v = step.cached.v;
-        float* const square = step.workspace->get((2 * count + 1) * stride + dim);
+        float* const square = step.workspace->get(scratch(count, dim));
         float* const z = square + count * stride;
         const float* norm = nullptr;
         if (wants_norm() && norms == Norms::kept) norm = state.norm[0].data() + begin;
@@ -228,9 +232,12 @@ struct OBCache {
             detail::distances(*step.kernels, origin, dim, 1, v, begin, end, nullptr, own);
             norm = own;
         }
-        if (reads_outputs()) {
-            for (std::size_t r = 0; kind == Score::joint && r < count; ++r)
-                std::copy_n(logits(first + r) + begin, end - begin, z + r * stride);
+        for (std::size_t r = 0; kind == Score::joint && r < count; ++r)
+            std::copy_n(logits(first + r) + begin, end - begin, z + r * stride);
+        if (kind == Score::joint && norm != nullptr) {
+            const MatrixView<const float> points(output[first].data(), count, dim, output.stride);
+            joint_squares(step, begin, end, points, norm, z, square, z + count * stride);
+        } else if (reads_outputs()) {
             detail::distances(*step.kernels, output[first].data(), output.stride, count, v, begin, end,
                               kind == Score::joint ? z : nullptr, square);
         }
@@ -240,12 +247,43 @@ struct OBCache {
         };
         for (std::size_t r = first; r < first + count; ++r) {
             if (!takes_part(r)) continue;
-            if (norm != nullptr) add(r, nullptr, norm);
+            if (norm != nullptr && kind != Score::joint) add(r, nullptr, norm);
             if (kind == Score::joint)
                 add(r, nullptr, square + (r - first) * stride);
             else if (reads_outputs())
                 add(r, logits(r) + begin, square + (r - first) * stride);
         }
+    }
+
+    /// square[r, j] = |v_j + z (v_j - o_r)|^2 = (1 + z)^2 |v_j|^2 - 2 z (1 + z) v_j . o_r + z^2 |o_r|^2: a
+    /// third of the arithmetic. Where the terms cancel by more than five bits, by the distance itself.
+    /// @param norm  |v_j|^2 @param spare  as long as `square`
+    static void joint_squares(const HeadStep& step, std::size_t begin, std::size_t end,
+                              MatrixView<const float> output, const float* norm, const float* z,
+                              float* square, float* spare) {
+        constexpr std::size_t stride = detail::distance_rows;
+        const RowsView& v = step.cached.v;
+        detail::for_each_piece(v, begin, end, [&](const RowsView::Run& piece, const std::byte* next) {
+            detail::dots(*step.kernels, output.data, output.stride, output.rows, v, piece, 1.0F,
+                         square + (piece.first - begin), stride, next);
+        });
+        std::size_t cancelled = 0;
+        for (std::size_t r = 0; r < output.rows; ++r) {
+            const float own = square_of(step, output[r]);
+            for (std::size_t i = r * stride, j = 0; j < end - begin; ++i, ++j) {
+                const float of_output = z[i], of_value = 1.0F + of_output;
+                const float parts = of_value * of_value * norm[j] + of_output * of_output * own;
+                const float sum = parts - 2.0F * of_output * of_value * square[i];
+                const bool good = sum * 32.0F >= parts;
+                square[i] = good ? sum : -1.0F;
+                cancelled += good ? 0 : 1;
+            }
+        }
+        if (cancelled == 0) return;
+        detail::distances(*step.kernels, output.data, output.stride, output.rows, v, begin, end, z, spare);
+        for (std::size_t r = 0; r < output.rows; ++r)
+            for (std::size_t i = r * stride, j = 0; j < end - begin; ++i, ++j)
+                if (square[i] < 0.0F) square[i] = spare[i];
     }
 
     /// The newest query rows, one of each head, wait for a pass over the values.
