@@ -228,6 +228,8 @@ TEST_CASE("layers whose policy was shown nothing come back as such", "[property]
 TEST_CASE("what a file says must make sense even if its checksum holds", "[contract]") {
     BlockPool pool;
     KVCache<EpiCache> cache = small(pool);
+    cache.pin(2, 3);
+    cache.pin(7, 9);
     const std::vector<std::byte> bytes = save(cache);
     const SafeTensors file(std::span<const std::byte>{bytes});
     const auto refusal = [&](const std::string& name, std::size_t at, std::int64_t value) {
@@ -254,6 +256,13 @@ TEST_CASE("what a file says must make sense even if its checksum holds", "[contr
     CHECK(refusal("layer.0.position", 7, 9) ==
           "load: positions of head 1 is out of range or repeated, want each once, below 9");
     CHECK(refusal("layer.0.position", 0, -1).find("positions of head 0") != std::string::npos);
+    const std::string apart =
+        "load: pinned is ranges that overlap or end before they begin, want ranges that are apart";
+    CHECK(refusal("pinned", 0, -1) == apart);
+    CHECK(refusal("pinned", 0, 3) == apart);
+    CHECK(refusal("pinned", 1, 8) == apart);
+    CHECK(refusal("pinned", 3, std::int64_t{1} << 62U).starts_with("load: pinned is 4611686018427387898, "));
+    CHECK(refusal("pinned", 3, 11) == "load: pinned is 5, want at most the budget 4");
     CHECK(refusal("live", 3, 2) == "load: phase is 2, want 0 or 1");
     CHECK(refusal("live", 6, 10) == "load: tokens without a gap is 10, want at most 9");
 }

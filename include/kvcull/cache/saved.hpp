@@ -204,6 +204,30 @@ class SavedTensors {
         return in_use;
     }
 
+    /// Ranges as `pin` leaves them behind: apart from one another, with room in every head.
+    [[nodiscard]] std::vector<PositionRange> pinned(std::span<const std::size_t> sizes) const {
+        const auto ends = numbers<position_t>("pinned");
+        std::vector<PositionRange> ranges;
+        for (std::size_t i = 0; i + 1 < ends.size(); i += 2) ranges.push_back({ends[i], ends[i + 1]});
+        std::vector<PositionRange> ascending = ranges;
+        std::sort(ascending.begin(), ascending.end(),
+                  [](const PositionRange& a, const PositionRange& b) { return a.begin < b.begin; });
+        position_t free = 0;
+        std::size_t total = 0;
+        bool apart = ends.size() % 2 == 0;
+        for (const PositionRange& range : ascending) {
+            apart = apart && range.begin >= free && range.begin < range.end;
+            total += apart ? static_cast<std::size_t>(range.end - range.begin) : 0;
+            free = range.end;
+        }
+        check<error::format_error>(apart, "load", "pinned", "ranges that overlap or end before they begin",
+                                   "ranges that are apart");
+        for (const std::size_t size : sizes)
+            check<error::format_error>(total <= size, "load", "pinned", total,
+                                       text("at most the budget ", size));
+        return ranges;
+    }
+
   private:
     const SafeTensors& file_;
 };
@@ -324,8 +348,7 @@ void load(KVCache<P, Rule>& cache, const SafeTensors& file) {
     live.since = saved.counts<std::size_t>("since", shape.layers);
     live.decided = saved.counts<std::uint8_t>("decided", shape.layers);
     live.gone = saved.numbers<position_t>("gone", shape.layers);
-    const auto pinned = saved.numbers<position_t>("pinned");
-    for (std::size_t i = 0; i + 1 < pinned.size(); i += 2) live.pinned.push_back({pinned[i], pinned[i + 1]});
+    live.pinned = saved.pinned(live.sizes);
 
     if constexpr (SequenceState<P>) {
         auto sequence = live.sequence.numbers();

@@ -91,7 +91,8 @@ class Competition {
         const auto end = left.begin() + static_cast<std::ptrdiff_t>(count);
         std::nth_element(left.begin(), end, left.end(), better);
         std::for_each(left.begin(), end, [&](const Row& row) { ++won[row.head]; });
-        for (std::size_t i = 0; i < places - count; ++i) ++won[i % heads()];
+        const std::size_t spare = places - count;
+        for (std::size_t h = 0; h < heads(); ++h) won[h] += spare / heads() + (h < spare % heads() ? 1 : 0);
     }
 
   private:
