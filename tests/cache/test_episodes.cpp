@@ -120,7 +120,7 @@ TEST_CASE("questions that are rolled back leave no trace", "[property]") {
     CHECK(failure<error::state_error>([&] { talk.episodes.begin_turn(embedding(1, 1)); }) ==
           "Episodes::begin_turn: tokens of the resident cache is 241, want 240: end_turn or rollback first");
     CHECK(failure<error::state_error>([&] { talk.episodes.end_turn({}, {}); }) ==
-          "Episodes::end_turn: number of tokens that the cache has got is 1, want 0");
+          "Episodes::end_turn: number of tokens that the cache has seen is 241, want 240");
     talk.episodes.cache().rollback(mark);
     CHECK(talk.bytes() == before);
     CHECK(!talk.episodes.begin_turn(embedding(1, 1)).written_back);
@@ -178,6 +178,29 @@ TEST_CASE("a question unlike every episode opens a new one, with the system prom
     talk.say(0, 3000, 1);
     CHECK(talk.episodes.begin_turn(embedding(4, 5)).episode == topics);
     CHECK(talk.episodes.cache().seen() == 4);
+}
+
+TEST_CASE(
+    "an episode without a segment is refreshed by its own tokens, and a block of any size is no sum that "
+    "wraps",
+    "[contract]") {
+    EpisodeSettings with = settings();
+    with.tau = 0.5;
+    Talk talk(with);
+    talk.episodes.begin_turn(embedding(4, 1));
+    bool refreshed = false;
+    for (std::size_t turn = 0; turn < 8; ++turn) {
+        const std::vector<std::int32_t> tokens(block / 2, topic_token(4, turn));
+        talk.model.forward(talk.episodes.cache(), tokens);
+        refreshed = talk.episodes.end_turn(tokens, {}) || refreshed;
+    }
+    CHECK(refreshed);
+    CHECK(talk.episodes.cache().rows(0, 0) + talk.episodes.cache().rows(0, 1) <= 2 * (budget + block));
+
+    with.block = std::numeric_limits<std::size_t>::max();
+    Talk whole(with);
+    whole.say(1, 1000, 3 * block);
+    CHECK(whole.episodes.members(1) == 4);  // not refreshed
 }
 
 TEST_CASE("without a history a question opens the first episode, if it may", "[contract]") {

@@ -8,6 +8,7 @@
 
 #include "kvcull/policies/h2o.hpp"
 #include "kvcull/policies/snapkv.hpp"
+#include "kvcull/policies/streaming.hpp"
 #include "support/catch.hpp"
 #include "support/failure.hpp"
 #include "support/random.hpp"
@@ -224,6 +225,21 @@ TEST_CASE("pages that the store does not let go stay, and leave with the next de
     bench.check();
 }
 
+TEST_CASE("the newest page stays in the smallest budget, and sinks stay where recent rows fill it",
+          "[property]") {
+    Bench<H2O> least({}, 3, options_of(page_tokens));
+    Bench<Streaming> sinks(Streaming{.sinks = 2}, 9, options_of(8 * page_tokens));
+    for (position_t token = 0; token < 60; ++token) {
+        least.step(1);
+        sinks.step(1);
+        CHECK(least.head.positions().back() == token);
+        CHECK(least.head.rows() <= page_tokens);
+        CHECK(sinks.head.positions()[0] == 0);
+        CHECK(sinks.head.positions()[std::min<std::size_t>(1, sinks.head.rows() - 1)] <= 1);
+        CHECK(sinks.head.positions().back() == token);
+    }
+}
+
 TEST_CASE("a paged head refuses what does not fit, and policies that read rows while they observe",
           "[contract]") {
     const auto refused = [](PagedHeadOptions options, PageLayout pages = layout) {
@@ -237,6 +253,28 @@ TEST_CASE("a paged head refuses what does not fit, and policies that read rows w
     auto none = options_of(8);
     none.group = 0;
     CHECK(refused(none) == "PagedHead: group is 0, want at least 1");
+    auto odd = options_of(8);
+    odd.budget.ratio = 0.5;
+    CHECK(refused(odd) == "Budget: tokens and ratio is both given, want one of them");
+    odd = options_of(8);
+    odd.budget.bytes = 64;
+    CHECK(refused(odd) == "PagedHead: budget.bytes is 64, want 0: a number of tokens");
+    odd = options_of(8);
+    odd.scale = quiet_nan();
+    CHECK(refused(odd) == "PagedHead: scale is nan, want a finite number");
+    const auto over =
+        []<class Error = error::config_error>(PageLayout pages, std::size_t frame, std::size_t frames) {
+        return failure<Error>([&] {
+            PagedHead head(pages, H2O{}, options_of(8), Guard<>(2), MemoryStore(Frames(frames, frame)));
+        });
+    };
+    CHECK(over(layout, layout.bytes() - 1, 2) ==
+          "PagedHead: bytes of a frame is 511, want at least the 512 of a page");
+    CHECK(over.operator()<error::shape_error>(layout, layout.bytes(), 1) ==
+          "Frames: frame is 1, want less than 1");
+    PageLayout endless = layout;
+    endless.page_tokens = std::size_t{1} << 61U;
+    CHECK(over(endless, 64, 2).starts_with("PagedHead: page_tokens is 2305843009213693952, want"));
     static_assert(!PagePolicy<Tova>);
 
     const auto q = random_floats(group * dim, 1), k = random_floats(dim, 2), v = random_floats(value_dim, 3);

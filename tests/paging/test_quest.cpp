@@ -180,6 +180,9 @@ TEST_CASE("bounds refuse shapes that do not fit, and change nothing then", "[con
     const std::vector<float> keys{1, 2, 3};
     CHECK(failure<error::shape_error>([&] { bounds.add(4, rows(keys, 3, 0, 1)); }) ==
           "PageBounds::add: dim of keys is 3, want 2");
+    for (const std::size_t page : {std::numeric_limits<std::size_t>::max(), std::size_t{1} << 59U})
+        CHECK(failure<error::shape_error>([&] { bounds.add(page, rows(keys, 2, 0, 1)); }) ==
+              "PageBounds::add: page is " + std::to_string(page) + ", want below 2147483647");
     CHECK(bounds.pages() == 0);
     CHECK(failure<error::shape_error>([&] {
               (void)bounds.score(0, {keys.data(), 1, 2});

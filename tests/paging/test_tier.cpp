@@ -176,6 +176,9 @@ TEST_CASE("a step that cannot be is refused before anything changed") {
     tier.step(std::vector<page_t>{1, 2});
     REQUIRE_THROWS_AS(refuse({1}), error::state_error);  // the last step is open
     REQUIRE_THROWS_AS(tier.erase(1), error::state_error);
+    REQUIRE_THROWS_WITH(tier.unpin(1), contains_text("page is 1, want a page that `pin` has pinned"));
+    tier.pin(2);
+    tier.unpin(2);
     tier.pin(1);
     tier.end_step();
     REQUIRE_THROWS_AS(tier.erase(1), error::state_error);
@@ -184,6 +187,9 @@ TEST_CASE("a step that cannot be is refused before anything changed") {
     tier.end_step();
     tier.unpin(1);
     tier.erase(1);
+    Guard<> used(2);
+    used.request(5, 1.0);
+    REQUIRE_THROWS_AS(Tier<Guard<>>(std::move(used), {&bench.memory}, {}), error::config_error);
     REQUIRE(counts.fetches + 4 >= tier.counts().fetches);
     REQUIRE(bench.memory.calls > calls);
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <set>
 #include <string>
@@ -207,6 +208,20 @@ TEST_CASE("sharing a list with equal budgets never gains score, and heads of one
     }
 }
 
+TEST_CASE("the newest of more recent blocks than there is room for stay, whatever their scores",
+          "[contract]") {
+    std::vector<position_t> position(17);
+    std::iota(position.begin(), position.end(), position_t{0});
+    for (const float old : {1.0F, 1e30F, std::numeric_limits<float>::infinity()}) {
+        std::vector<float> score(17, old);
+        score[16] = 0.0F;
+        CHECK(reduce({.block_rows = 16}, 1, {{score, position, 16, {0, 8}}}).keep[0] ==
+              std::vector<index_t>{16});
+        CHECK(reduce({.block_rows = 4}, 1, {{score, position, 12, {1, 11}}}).keep[0] ==
+              std::vector<index_t>{0, 1, 2, 3, 12, 13, 14, 15, 16});
+    }
+}
+
 TEST_CASE("protected rows outlive any score, and the budget outlives them", "[property]") {
     SplitMix64 random{4};
     for (int round = 0; round < 300; ++round) {
@@ -231,9 +246,9 @@ TEST_CASE("protected rows outlive any score, and the budget outlives them", "[pr
     // Four pinned rows of one block are one block.
     const Head four{{1, 1, 1, 1, 2, 2, 2, 2}, {0, 1, 2, 3, 4, 5, 6, 7}, 4, {}};
     CHECK(reduce({.block_rows = 4}, 1, {four}, {{0, 4}}).keep[0] == std::vector<index_t>{0, 1, 2, 3});
-    // Two blocks of three: the recent rows come before the sinks.
+    // Two blocks of three: a partial block of recent rows goes before the sinks.
     Head head{{9, 9, 9, 9, 9, 9, 0, 0, 0}, {0, 1, 2, 3, 4, 5, 6, 7, 8}, 6, {2, 4}};
-    CHECK(reduce({.block_rows = 3}, 1, {head}).keep[0] == std::vector<index_t>{3, 4, 5, 6, 7, 8});
+    CHECK(reduce({.block_rows = 3}, 1, {head}).keep[0] == std::vector<index_t>{0, 1, 2, 6, 7, 8});
 }
 
 TEST_CASE("layers keep equally many rows or blocks where asked", "[property]") {

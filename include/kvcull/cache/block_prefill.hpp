@@ -79,9 +79,10 @@ template <class Cache>
 
 /// Feeds `history` in blocks of at most `block` tokens. After each, the last included, the prompt is probed
 /// if a layer is over its budget, so that the policy scores all rows afresh and evicts. Every layer l holds
-/// at most M_l + block rows per head; the prompt's own keys are the model's and come on top. Policies that
-/// ask for no probe rows evict in the forward pass. What `model` throws leaves the cache with the blocks so
-/// far.
+/// at most M_l + block rows per head, on average over its heads where these share a budget; the prompt's own
+/// keys are the model's and come on top. Policies that ask for no probe rows evict in the forward pass. What
+/// `model` throws leaves the cache with the blocks so far, in the middle of a prompt: roll it back or drop
+/// it.
 /// @throws config_error if `block` is 0; state_error under `hold`, and if the prompt is empty and a layer
 /// must evict
 template <Policy P, BudgetRule Rule, CachedModel<KVCache<P, Rule>> Model, BlockPrompt Prompt>

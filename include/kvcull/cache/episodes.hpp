@@ -210,8 +210,8 @@ class Episodes {
         Cache& cache = this->cache();
         Episode& episode = episodes_[*resident_];
         detail::check<error::state_error>(cache.seen() == seen_ + tokens.size(), where,
-                                          "number of tokens that the cache has got", cache.seen() - seen_,
-                                          tokens.size());
+                                          "number of tokens that the cache has seen", cache.seen(),
+                                          seen_ + tokens.size());
         const Points units = units_of(where, segments, points_.dim());
         episode.turns.insert(episode.turns.end(), tokens.begin(), tokens.end());
         for (std::size_t i = 0; i < segments.size(); ++i) {
@@ -380,9 +380,9 @@ class Episodes {
                 const std::size_t size = cache_->evictor().size(layer, h);
                 if (size == unlimited) return false;
                 rows += cache_->rows(layer, h);
-                most += size + settings_.block;
+                most += size;
             }
-        return rows > most;
+        return rows > most && (rows - most - 1) / shape.heads() >= settings_.block;  // no product wraps
     }
     /// Moves the centroid by the turns' segments and builds the cache anew. The old rows must go first, or
     /// memory would not be bounded: the store keeps them until the new ones are whole.
@@ -398,6 +398,10 @@ class Episodes {
         next.members.insert(next.members.end(), episode.waiting.begin(), episode.waiting.end());
         next.waiting.clear();
         std::vector<std::int32_t> prompt = prompt_of(next.members, next.centroid);
+        if (prompt.empty()) {  // nobody gave it a segment: its newest tokens
+            const std::size_t count = std::min(settings_.block, next.turns.size());
+            prompt.assign(next.turns.end() - static_cast<std::ptrdiff_t>(count), next.turns.end());
+        }
         write_back();
         const std::size_t e = *resident_;
         try {

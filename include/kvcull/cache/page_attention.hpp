@@ -25,14 +25,15 @@ struct PageLayout {
     [[nodiscard]] constexpr std::size_t values() const noexcept {
         return value_dim > 0 ? value_dim : head_dim;
     }
+    [[nodiscard]] constexpr std::size_t token_bytes() const noexcept {
+        return row_bytes(dtype, head_dim) + row_bytes(dtype, values());
+    }
     /// Where the values begin.
     [[nodiscard]] constexpr std::size_t key_bytes() const noexcept {
         return page_tokens * row_bytes(dtype, head_dim);
     }
     /// Of a page: what the frames are made for.
-    [[nodiscard]] constexpr std::size_t bytes() const noexcept {
-        return key_bytes() + page_tokens * row_bytes(dtype, values());
-    }
+    [[nodiscard]] constexpr std::size_t bytes() const noexcept { return page_tokens * token_bytes(); }
     /// Pages as one run of rows. @param frames  where each lies; all but the last one are full
     [[nodiscard]] RowsView keys(std::span<const std::byte* const> frames, std::size_t rows) const noexcept {
         return {frames.data(), 0, dtype, page_tokens, rows, head_dim, elements(dtype, head_dim)};
@@ -101,7 +102,7 @@ class PageAttention {
                            std::span<const PageRows> pages, MatrixView<const float> q,
                            std::span<const std::size_t> ends, const LogitRule& rule,
                            const PagedOutput& want) {
-        check(layout, pages, q, ends, rule, want);
+        check(layout, tier.store().frame(0).size(), pages, q, ends, rule, want);
         for (std::size_t row = 0; row < q.rows; ++row)
             std::fill(want.output[row].begin(), want.output[row].end(), 0.0F);
         std::fill(want.lse.begin(), want.lse.end(), negative_infinity());
@@ -138,8 +139,10 @@ class PageAttention {
 
   private:
     /// Also writes where each page's rows begin.
-    void check(const PageLayout& layout, std::span<const PageRows> pages, const MatrixView<const float>& q,
-               std::span<const std::size_t> ends, const LogitRule& rule, const PagedOutput& want) {
+    /// @param frame  bytes of a frame
+    void check(const PageLayout& layout, std::size_t frame, std::span<const PageRows> pages,
+               const MatrixView<const float>& q, std::span<const std::size_t> ends, const LogitRule& rule,
+               const PagedOutput& want) {
         using detail::check_size, detail::text;
         constexpr auto where = "PageAttention";
         check_size(where, "q.cols", q.cols, layout.head_dim);
@@ -148,6 +151,8 @@ class PageAttention {
         check_size(where, "want.output.cols", want.output.cols, layout.values());
         check_size(where, "want.lse.size()", want.lse.size(), q.rows);
         detail::check<error::config_error>(!rule.bias, where, "rule.bias", "given", "none");
+        detail::check<error::shape_error>(frame >= layout.bytes(), where, "bytes of a frame", frame,
+                                          text("at least ", layout.bytes()));
         first_.assign(1, 0);
         for (const PageRows& page : pages) {
             detail::check<error::shape_error>(page.rows <= layout.page_tokens, where,
@@ -176,11 +181,7 @@ class PageAttention {
             std::size_t rows = 0;
             for (bool full = true; full && end < wave.size(); ++end) {
                 const PageRows& page = pages[wave[end]];
-                const std::span<const std::byte> frame = tier.store().frame(tier.frame(page.page));
-                detail::check<error::shape_error>(frame.size() >= layout.bytes(), "PageAttention",
-                                                  "bytes of a frame", frame.size(),
-                                                  detail::text("at least ", layout.bytes()));
-                frames_.push_back(frame.data());
+                frames_.push_back(tier.store().frame(tier.frame(page.page)).data());
                 rows += page.rows;
                 full = page.rows == layout.page_tokens;
             }

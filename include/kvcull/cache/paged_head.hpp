@@ -75,8 +75,8 @@ class PagedHead {
         std::size_t rows = 0;
     };
 
-    /// @throws config_error if layout, budget or policy do not fit, or the policy decides for heads together
-    /// or asks for more than attention.
+    /// @throws config_error if layout, frames, budget or policy do not fit, or the policy decides for heads
+    /// together or asks for more than attention; shape_error if the store has fewer frames than the cache.
     PagedHead(PageLayout layout, P policy, PagedHeadOptions options, Cache cache, Store store)
         : layout_(layout),
           policy_(std::move(policy)),
@@ -90,6 +90,19 @@ class PagedHead {
         check<error::config_error>(options_.group >= 1, where, "group", options_.group, "at least 1");
         check<error::config_error>(layout_.page_tokens >= 1, where, "page_tokens", layout_.page_tokens,
                                    "at least 1");
+        constexpr std::size_t most_bytes = std::numeric_limits<index_t>::max();
+        check<error::config_error>(layout_.page_tokens <= most_bytes / layout_.token_bytes(), where,
+                                   "page_tokens", layout_.page_tokens,
+                                   detail::text("pages of at most ", most_bytes, " bytes"));
+        const std::size_t last = tier_.cache().slots() - 1,
+                          frame = tier_.store().frame(static_cast<slot_t>(last)).size();
+        check<error::config_error>(frame >= layout_.bytes(), where, "bytes of a frame", frame,
+                                   detail::text("at least the ", layout_.bytes(), " of a page"));
+        detail::check_budget(options_.budget);
+        check<error::config_error>(options_.budget.bytes == 0, where, "budget.bytes", options_.budget.bytes,
+                                   "0: a number of tokens");
+        check<error::config_error>(is_finite(options_.scale), where, "scale", options_.scale,
+                                   "a finite number");
         check<error::config_error>(options_.budget.tokens >= layout_.page_tokens, where, "budget.tokens",
                                    options_.budget.tokens,
                                    detail::text("at least a page of ", layout_.page_tokens));
@@ -186,6 +199,7 @@ class PagedHead {
         const std::size_t first = positions_.size() - tokens;  // the first page with new rows
         PageChoice choice = options_.read;
         choice.recent = std::max(choice.recent, pages_.size() - first / layout_.page_tokens);
+        choice.sinks = std::min(choice.sinks, pages_.size());
         choice.count = std::max(choice.count, choice.sinks + choice.recent);
         page_score_.assign(pages_.size(), 0.0F);
         if (choice.count < pages_.size())

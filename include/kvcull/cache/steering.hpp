@@ -83,7 +83,7 @@ struct Steering {
     std::size_t layer = 0;           // whose input is steered; the number of layers: after the final norm
     TokenSet delimiters = {}, markers = {}, steer_at = {};
     std::optional<std::int32_t> think_start = {}, think_end = {};  // neither: thinking all the time
-    std::size_t interval = 128;                                    // tokens between two looks at the markers
+    std::size_t interval = 128;  // alpha changes where a step ends at a multiple of it
     float alpha0 = 1.25F, gamma = 0.02F, alpha_max = std::numeric_limits<float>::infinity();
 
     /// @throws config_error

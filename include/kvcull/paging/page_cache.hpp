@@ -154,7 +154,8 @@ class SlotCache {
     [[nodiscard]] const Rule& rule() const noexcept { return rule_; }
     /// Room for `pages` different pages: no request allocates until more were seen.
     void reserve(std::size_t pages) {
-        table_.reserve(pages + page_.size() + 1);
+        const std::size_t own = page_.size() + 1;
+        table_.reserve(pages > SIZE_MAX - own ? SIZE_MAX : pages + own);
         find_entries();
     }
 

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -29,9 +30,13 @@ class PageBounds {
 
     /// The page holds these keys too. Pages up to it come to be. O(rows d).
     /// @param keys  [rows, d], as attention reads them (rotated).
-    /// @throws shape_error if their dim is not `head_dim`, std::bad_alloc; nothing has changed then.
+    /// @throws shape_error if their dim is not `head_dim` or the page's number is 2^31 - 1 or more,
+    /// std::bad_alloc; nothing has changed then.
     void add(std::size_t page, const RowsView& keys) {
         detail::check_size("PageBounds::add", "dim of keys", keys.dim(), head_dim_);
+        constexpr std::size_t most = std::numeric_limits<index_t>::max();
+        detail::check<error::shape_error>(page < most, "PageBounds::add", "page", page,
+                                          detail::text("below ", most));
         row_.resize(head_dim_);
         if (page >= pages()) grow(page + 1);
         float* low = low_.data() + page * head_dim_;

@@ -57,11 +57,15 @@ struct PageCounts {
 template <PageCache Cache, PageStore Store, NextUse Predictor>
 class PageTier {
   public:
+    /// @throws config_error unless the cache is empty.
     PageTier(Cache cache, Store store, Predictor predictor)
         : cache_(std::move(cache)),
           store_(std::move(store)),
           predictor_(std::move(predictor)),
-          frames_(cache_.slots()) {}
+          frames_(cache_.slots()) {
+        detail::check<error::config_error>(cache_.size() == 0, "PageTier", "pages in the cache",
+                                           cache_.size(), 0);
+    }
 
     /// Brings `pages` into frames and pins them until `end_step`, those first that are there already: else
     /// the step's own misses would evict them. `created` is a page that starts now: it gets a frame, is not
@@ -119,8 +123,13 @@ class PageTier {
 
     /// For sinks: stays until `unpin`. @throws state_error if it is not resident.
     void pin(page_t page) { cache_.pin(page); }
-    /// @throws state_error if it is not resident or not pinned.
-    void unpin(page_t page) { cache_.unpin(page); }
+    /// @throws state_error if it is not resident or not pinned, but by the step that is open.
+    void unpin(page_t page) {
+        const bool by_step = std::find(pinned_.begin(), pinned_.end(), page) != pinned_.end();
+        detail::check<error::state_error>(!by_step || cache_.pins(page) > 1, "PageTier::unpin", "page", page,
+                                          "a page that `pin` has pinned");
+        cache_.unpin(page);
+    }
     /// The page's frame was changed: it has to be written back again. @throws state_error if it is not
     /// resident.
     void mark_dirty(page_t page) { frames_[cache_.slot_of(page)].dirty = true; }

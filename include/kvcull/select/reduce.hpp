@@ -35,9 +35,10 @@ struct Reduction {
 /// Heads that share a list keep the mean of their `Candidates::size`, rounded down; in blocks: as many whole
 /// blocks as fit, and the last one, if partly filled, where it fits beside them. As in `Selector`, pinned
 /// rows come first, then the newest `recent`, then the oldest `sinks` (the largest number that a head asks
-/// for), as many as the budget holds; a block with such a row counts as one. Then a score of +Inf in any
-/// head, whatever the others say. NaN counts as -Inf, and so does a mean with one in it. Of equal rows the
-/// later position stays, of equal blocks the one with the latest row. O(heads * n).
+/// for), as many as the budget holds; a block with such a row counts as one, and if these are too many, the
+/// oldest of the recent ones go. Then a score of +Inf in any head, whatever the others say. NaN counts as
+/// -Inf, and so does a mean with one in it. Of equal rows the later position stays, of equal blocks the one
+/// with the latest row. O(heads * n).
 class Reducer {
   public:
     /// @param heads  [layers * kv_heads]; heads that share a list hold the same positions in the same slots.
@@ -117,7 +118,7 @@ class Reducer {
 
     /// Ranks of rows and blocks above all that scores and votes say; the number of votes stands below.
     enum Class : std::uint64_t {
-        protected_once = std::uint64_t{1} << 59U,  // sinks; twice: recent; three times: pinned
+        protected_once = std::uint64_t{1} << 59U,  // recent; twice: sinks; three times: pinned
         infinite_score = protected_once >> 1U,
         free_tail = protected_once << 2U,  // the last block, where it costs no other block
     };
@@ -222,17 +223,23 @@ class Reducer {
             if (all.infinite()) level_[i] = infinite_score;
         }
     }
-    /// Raises what holds a pinned row three times, a recent one twice, a sink once.
+    /// Raises what holds a pinned row three times, a sink twice, a recent row once: where blocks are more
+    /// than rows asked for, the oldest of the recent ones have no place.
     void protect(std::size_t block_rows, Candidates shared, std::span<const PositionRange> pinned) {
         const Protected all = shared.protect;
-        for (const Protected& part : {Protected{}, Protected{0, all.recent}, all}) {
+        const auto mark = [&](Protected part, std::vector<std::uint8_t>& rows) {
             shared.protect = part;
-            selector_.fix(shared, pinned, fixed_);
-            for (std::size_t begin = 0, item = 0; begin < fixed_.size(); begin += block_rows, ++item) {
-                const std::size_t end = std::min(fixed_.size(), begin + block_rows);
-                if (std::find(&fixed_[begin], fixed_.data() + end, std::uint8_t{1}) != fixed_.data() + end)
-                    level_[item] += protected_once;
-            }
+            selector_.fix(shared, pinned, rows);
+        };
+        mark(all, fixed_);
+        mark({0, all.recent}, newest_);
+        mark({}, pinned_);
+        for (std::size_t j = 0; j < fixed_.size(); ++j) {
+            if (fixed_[j] == 0) continue;
+            const std::size_t item = j / block_rows;
+            const std::uint64_t times = pinned_[j] != 0 ? 3 : newest_[j] != 0 ? 1 : 2;
+            level_[item] = std::max(level_[item], times * protected_once);
+            if (level_[item] == protected_once) score_[item] = 0.0F;  // then the later one stays
         }
     }
     /// The `count` items of the highest levels, of equal levels those of the highest scores, in `picked_`.
@@ -263,8 +270,8 @@ class Reducer {
     std::vector<position_t> position_, latest_;  // per row, per row or block
     std::vector<float> score_;                   // per row or block, like the next ones
     std::vector<std::uint64_t> level_, sorted_;
-    std::vector<std::uint8_t> fixed_;           // per row
-    std::vector<index_t> own_, picked_, tied_;  // tied: at the border of the levels
+    std::vector<std::uint8_t> fixed_, newest_, pinned_;  // per row: all that stay; of these
+    std::vector<index_t> own_, picked_, tied_;           // tied: at the border of the levels
     std::vector<float> tied_score_;
     std::vector<position_t> tied_position_;
 };
