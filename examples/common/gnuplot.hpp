@@ -19,10 +19,11 @@ namespace examples {
     return std::system("gnuplot --version > /dev/null 2>&1") == 0;
 }
 
-/// A gnuplot string.
+/// A gnuplot string. Control characters become spaces: a new line would be a new command.
 [[nodiscard]] inline std::string quoted(const std::string& text) {
     std::string out = "'";
-    for (const char c : text) out += c == '\'' ? "''" : std::string(1, c);
+    for (const char c : text)
+        out += c == '\'' ? "''" : std::string(1, static_cast<unsigned char>(c) < 0x20 ? ' ' : c);
     return out + "'";
 }
 

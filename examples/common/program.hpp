@@ -12,6 +12,18 @@
 
 namespace examples {
 
+/// A number of `least .. most`: not NaN, as `CLI::Range` would have it.
+[[nodiscard]] inline CLI::Validator number_of(double least, double most) {
+    return CLI::Validator(
+        [least, most](std::string& text) {
+            double value = 0;
+            const bool number = CLI::detail::lexical_cast(text, value);
+            if (number && value >= least && value <= most) return std::string();
+            return "is " + text + ", want " + std::to_string(least) + " to " + std::to_string(most);
+        },
+        "NUMBER");
+}
+
 /// What a program that compares policies is told about them.
 struct Comparison {
     std::vector<std::string> policies = NamedPolicies::names();

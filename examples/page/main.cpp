@@ -30,10 +30,11 @@ std::string listed(const std::vector<std::string>& names) {
 
 void add_options(CLI::App& app, Options& options) {
     auto* source = app.add_option_group("requests")->require_option(1);
-    source->add_option(
-        "TRACE", options.trace,
-        "Text with one 64-bit id per line, FILE.safetensors with a tensor `pages`, or attention "
-        "recorded by kvcull-record");
+    source
+        ->add_option("TRACE", options.trace,
+                     "Text with one 64-bit id per line, FILE.safetensors with a tensor `pages`, or attention "
+                     "recorded by kvcull-record")
+        ->check(CLI::ExistingFile);
     source
         ->add_option("--generate", options.generate,
                      "zipf, loop or uniform, as in zipf:pages=4096,requests=100000,exponent=1,seed=0; "
@@ -55,7 +56,9 @@ void add_options(CLI::App& app, Options& options) {
                        listed(page::value_names()))
         ->delimiter(',')
         ->capture_default_str();
-    app.add_option("--seed", options.seed, "Of the random victims and the noise")->capture_default_str();
+    app.add_option("--seed", options.seed, "Of the random victims and the noise")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
     app.add_option("--noise", options.noise, "The values `noisy` are up to so many requests too late")
         ->check(CLI::Range(0, 1'000'000'000))
         ->capture_default_str();
@@ -67,6 +70,7 @@ void add_options(CLI::App& app, Options& options) {
         ->capture_default_str();
     app.add_option("--read", options.paging.read,
                    "Recorded attention: pages that a step reads per layer and KV head, by Quest's bound")
+        ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
     app.add_option("--json", options.json, "File for the numbers");
     app.add_option("--out", options.out, "Folder for the picture page.svg");

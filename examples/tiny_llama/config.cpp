@@ -7,15 +7,23 @@
 namespace tiny_llama {
 namespace {
 
+void refuse_partial(const Object& object) {
+    if (object.get("partial_rotary_factor", 1.0) != 1.0) object.wrong("partial_rotary_factor", "1");
+}
+
 kvcull::Rope read_rope(const Object& config, std::size_t head_dim) {
     // transformers 5 gathers all in rope_parameters; before, rope_theta stood beside rope_scaling
     const std::string key = config.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+    if (config.has("rope_parameters") && config.has("rope_scaling"))
+        config.wrong("rope_scaling", "none beside rope_parameters");
     double base = config.get<double>("rope_theta", 10000.0);
     if (!config.has(key)) return kvcull::rope(head_dim, base);
 
     const Object scaling = config.object(key);
     base = scaling.get<double>("rope_theta", base);
-    const std::string type_key = scaling.has("rope_type") ? "rope_type" : "type";
+    refuse_partial(scaling);
+    const bool old = scaling.has("type") && !scaling.has("rope_type");
+    const std::string type_key = old ? "type" : "rope_type";
     const auto type = scaling.get<std::string>(type_key);
     const kvcull::Rope plain = kvcull::rope(head_dim, base);
     if (type == "default") return plain;
@@ -40,7 +48,17 @@ void refuse_the_rest(const Object& config) {
     for (const char* key : {"attention_bias", "mlp_bias"})
         if (config.get(key, false)) config.wrong(key, "false");
     if (config.has("quantization_config")) config.wrong("quantization_config", "none");
-    if (config.get("partial_rotary_factor", 1.0) != 1.0) config.wrong("partial_rotary_factor", "1");
+    for (const char* key :
+         {"logits_scaling", "embedding_multiplier", "attention_multiplier", "residual_multiplier"})
+        if (config.get(key, 1.0) != 1.0) config.wrong(key, "1");
+    for (const char* key : {"attn_logit_softcapping", "final_logit_softcapping", "sliding_window"})
+        if (config.has(key)) config.wrong(key, "none");
+    if (config.has("layer_types")) {
+        const auto& types = config.at("layer_types");
+        if (std::any_of(types.begin(), types.end(), [](const auto& one) { return one != "full_attention"; }))
+            config.wrong("layer_types", "\"full_attention\" in all layers");
+    }
+    refuse_partial(config);
 }
 
 }  // namespace
@@ -74,6 +92,7 @@ Config read_config(const std::filesystem::path& file) {
     if (config.head_dim > widest_head)
         object.wrong("hidden_size", "at most " + std::to_string(widest_head) + " per head");
     config.rms_norm_eps = static_cast<float>(object.get<double>("rms_norm_eps", 1e-6));
+    if (!(config.rms_norm_eps >= 0.0F)) object.wrong("rms_norm_eps", "a number, not negative");
     config.tied_head = object.get("tie_word_embeddings", false);
     try {
         config.rope = read_rope(object, config.head_dim);

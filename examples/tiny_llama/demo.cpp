@@ -42,9 +42,11 @@ void add_options(CLI::App& app, Options& options) {
         ->capture_default_str();
     app.add_option("--temperature", options.thinking.temperature,
                    "Of thoughts; 0: always the likeliest token")
-        ->check(CLI::Range(0.0, 100.0))
+        ->check(examples::number_of(0.0, 100.0))
         ->capture_default_str();
-    app.add_option("--seed", options.thinking.seed, "Of thoughts")->capture_default_str();
+    app.add_option("--seed", options.thinking.seed, "Of thoughts")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
     app.add_option("--json", options.json, "Where the numbers go (default: results.json in --out)");
     app.add_option("--out", options.out, "Folder of the pictures")->capture_default_str();
 }

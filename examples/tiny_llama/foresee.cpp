@@ -33,6 +33,7 @@ struct Mean {
         ++count;
     }
     friend std::ostream& operator<<(std::ostream& out, const Mean& m) {
+        if (m.count < 2) return out << '-';
         const double mean = m.sum / m.count;
         return out << std::fixed << std::setprecision(3) << mean << " +- "
                    << std::sqrt((m.squares / m.count - mean * mean) / (m.count - 1));
@@ -49,6 +50,7 @@ void run(const Options& options) {
                 const Case& one = task.cases[c];
                 const std::span<const int> prompt =
                     std::span(one.prompt).first(one.prompt.size() * quarters / 4);
+                if (prompt.empty()) continue;
                 kvcull::KVCache full(shape_of(model), kvcull::Full{});
                 Reader reader{model};
                 full.begin_prompt(prompt.size());
@@ -105,6 +107,7 @@ int main(int argc, char** argv) {
         ->capture_default_str();
     app.add_option("--budget", options.budgets, "Tokens per KV head; several by commas")
         ->delimiter(',')
+        ->check(CLI::Range(1, 1'000'000'000))
         ->capture_default_str();
     app.add_option("--cases", options.cases,
                    "The first so many cases of every task, by half, three quarters "

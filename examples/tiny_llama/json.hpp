@@ -1,6 +1,7 @@
 #pragma once
 /// JSON objects read key by key, with errors that name the file, the key, what was got and what was wanted.
 
+#include <algorithm>
 #include <cstddef>
 #include <filesystem>
 #include <fstream>
@@ -72,9 +73,11 @@ class Object {
     }
 
   private:
-    /// Enough of a value to know it by.
+    /// Enough of a value to know it by. Lists and objects may be nested deeper than the stack is.
     [[nodiscard]] static std::string shown(const nlohmann::json& value) {
         constexpr std::size_t most = 80;
+        if (std::any_of(value.begin(), value.end(), [](const auto& part) { return part.is_structured(); }))
+            return value.is_object() ? "an object" : "a list of " + std::to_string(value.size());
         const std::string text = value.dump();
         return text.size() <= most ? text : text.substr(0, most) + "..";
     }

@@ -54,7 +54,11 @@ Case case_of(const Options& options, const Llama& model) {
         return {.prompt = options.prompt};
     }
     const std::vector<std::string> where{options.task};
-    const Task task = read_tasks(where, options.model, vocabulary).front();
+    const std::vector<Task> tasks = read_tasks(where, options.model, vocabulary);
+    if (tasks.size() != 1)
+        throw kvcull::error::config_error("--task names " + std::to_string(tasks.size()) +
+                                          " tasks, want one: " + options.task);
+    const Task& task = tasks.front();
     if (options.number >= task.cases.size())
         throw kvcull::error::config_error("--case is " + std::to_string(options.number) + ", want below " +
                                           std::to_string(task.cases.size()));

@@ -60,9 +60,12 @@ std::size_t longest(const std::vector<std::string>& names) {
     return length;
 }
 
+void check(std::ofstream& out, const std::filesystem::path& file) {
+    if (!out.flush()) throw std::runtime_error(file.string() + ": cannot be written");
+}
 std::ofstream open(const std::filesystem::path& file) {
     std::ofstream out(file);
-    if (!out) throw std::runtime_error(file.string() + ": cannot be written");
+    check(out, file);
     return out;
 }
 
@@ -138,7 +141,11 @@ void print_episodes(std::ostream& out, const std::string& task, const Setting& s
         const auto count = static_cast<double>(one.questions);
         out << std::left << std::setw(16) << asked_names[i] << std::right << std::fixed
             << std::setprecision(3) << std::setw(10) << one.right / count << std::setw(16) << one.kept / count
-            << std::setw(14) << one.topic_kept / count << '\n';
+            << std::setw(14);
+        if (std::isnan(one.topic_kept))  // a topic without a segment has no attention to keep
+            out << '-' << '\n';
+        else
+            out << one.topic_kept / count << '\n';
     }
 }
 
@@ -166,7 +173,9 @@ void write_json(const std::filesystem::path& file, std::span<const Row> rows) {
     }
     nlohmann::ordered_json whole;
     whole["rows"] = std::move(list);
-    open(file) << whole.dump(1) << '\n';
+    std::ofstream out = open(file);
+    out << whole.dump(1) << '\n';
+    check(out, file);
 }
 
 bool write_accuracy_svg(const std::filesystem::path& file, std::span<const Row> rows,
@@ -310,6 +319,7 @@ void write_kept_svg(const std::filesystem::path& file, std::span<const Row> rows
         y += panel;
     }
     out << "</svg>\n";
+    check(out, file);
 }
 
 }  // namespace tiny_llama

@@ -1,6 +1,7 @@
 /// kvcull-steer: the vector that keeps a model from second thoughts, from thoughts of its own.
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cmath>
 #include <iomanip>
 #include <iostream>
@@ -33,9 +34,11 @@ void add_options(CLI::App& app, Options& o) {
     count("--length", o.length, "Tokens of the documents whose facts are the prompts", 64);
     count("--tokens", o.thinking.most, "The longest chain of thought", 1);
     app.add_option("--temperature", o.thinking.temperature, "Of its tokens; 0: always the likeliest")
-        ->check(CLI::Range(0.0, 100.0))
+        ->check(examples::number_of(0.0, 100.0))
         ->capture_default_str();
-    app.add_option("--seed", o.thinking.seed, "Of documents and thoughts")->capture_default_str();
+    app.add_option("--seed", o.thinking.seed, "Of documents and thoughts")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
 }
 
 /// What comes before the thoughts of a document that has some, or nothing.
@@ -54,8 +57,11 @@ double norm(std::span<const float> vector) {
 
 void run(const Options& o) {
     const Llama model(o.model);
-    const auto words =
-        read_json(std::filesystem::path(o.model) / "vocab.json").get<std::vector<std::string>>();
+    const auto list = read_json(std::filesystem::path(o.model) / "vocab.json");
+    if (!list.is_array() ||
+        !std::all_of(list.begin(), list.end(), [](const auto& word) { return word.is_string(); }))
+        fail("vocab.json", "is no list of words");
+    const auto words = list.get<std::vector<std::string>>();
     if (words.size() != model.config().vocabulary)
         fail("vocab.json", "holds " + std::to_string(words.size()) + " words, want " +
                                std::to_string(model.config().vocabulary));

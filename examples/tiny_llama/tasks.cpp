@@ -75,7 +75,7 @@ Case read_case(const Object& object, std::size_t vocabulary) {
 /// Nothing if the file holds something else than a task.
 std::optional<Task> read_task(const fs::path& path, std::size_t vocabulary) {
     const json file = read_json(path);
-    if (!file.is_object() || !file.contains("task")) return std::nullopt;
+    if (!file.is_object() || !file.contains("task") || !file.contains("cases")) return std::nullopt;
     const Object object(file, path.string());
     Task task{.name = object.get<std::string>("task")};
     object.each("cases",

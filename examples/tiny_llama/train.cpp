@@ -32,7 +32,7 @@ void add_options(CLI::App& app, Options& o) {
             ->capture_default_str();
     };
     const auto number = [&](const char* name, double& value, const char* help) {
-        app.add_option(name, value, help)->check(CLI::Range(0.0, 1e9))->capture_default_str();
+        app.add_option(name, value, help)->check(examples::number_of(0.0, 1e9))->capture_default_str();
     };
     app.add_option("--model", o.model, "Folder of a Llama checkpoint")->check(CLI::ExistingDirectory);
     app.add_option("--out", o.out, "Where the gates go, for kvcull-demo --policy trimkv:gates=FILE")
@@ -48,7 +48,9 @@ void add_options(CLI::App& app, Options& o) {
     count("--warmup", o.warmup, "Steps until the rate is reached", 0);
     number("--rate", o.rate, "Learning rate");
     app.add_flag("--every-token", o.every_token, "All predictions count, not only what can be recalled");
-    app.add_option("--seed", o.seed, "Of weights and documents")->capture_default_str();
+    app.add_option("--seed", o.seed, "Of weights and documents")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
     count("--threads", o.threads, "Documents at a time; changes no bit of the result");
     count("--every", o.every, "Steps between two progress lines");
     count("--stop", o.stop, "End after so many steps as if killed; 0: never", 0);

@@ -1,7 +1,6 @@
 #include "trainer.hpp"
 
 #include <array>
-#include <atomic>
 #include <charconv>
 #include <cmath>
 #include <kvcull/attention/rope.hpp>
@@ -10,9 +9,9 @@
 #include <kvcull/train/gated_attention.hpp>
 #include <kvcull/train/losses.hpp>
 #include <map>
-#include <thread>
 
 #include "json.hpp"
+#include "parallel.hpp"
 #include "world.hpp"
 
 namespace tiny_llama {
@@ -128,6 +127,12 @@ struct GateTrainer::Tape {
 
 GateTrainer::GateTrainer(const Llama& model, const TrainingOptions& options)
     : model_(model), options_(options), gates_(blank()), mean_(blank()), variance_(blank()) {
+    using kvcull::detail::check, kvcull::error::config_error;
+    constexpr std::string_view where = "GateTrainer";
+    check<config_error>(model.config().vocabulary >= world_vocabulary, where, "vocabulary of the model",
+                        model.config().vocabulary,
+                        kvcull::detail::text("at least the ", world_vocabulary, " words of the documents"));
+    check<config_error>(options.budget > 0, where, "budget", options.budget, "above 0");
     kvcull::SplitMix64 random{options.seed};
     const auto keep = static_cast<float>(std::log(50.0 * static_cast<double>(options.length)));
     for (Gate& gate : gates_) {
@@ -268,20 +273,12 @@ StepReport GateTrainer::learn(std::span<const int> tokens, std::span<Gate> gradi
 StepReport GateTrainer::step(std::size_t threads) {
     std::vector<std::vector<Gate>> gradients(options_.batch, blank());
     std::vector<StepReport> reports(options_.batch);
-    std::atomic<std::size_t> next = 0;
-    const auto work = [&] {
-        for (std::size_t i = next++; i < options_.batch; i = next++) {
-            const kvcull::SplitMix64 of_run{options_.seed};
-            const std::uint64_t seed =
-                kvcull::SplitMix64{kvcull::SplitMix64(of_run)() ^ (done_ * options_.batch + i)}();
-            reports[i] = learn(world_document(seed, options_.length), gradients[i]);
-        }
-    };
-    {
-        std::vector<std::jthread> others;
-        for (std::size_t i = 1; i < std::min(threads, options_.batch); ++i) others.emplace_back(work);
-        work();
-    }
+    parallel_for(threads, options_.batch, [&](std::size_t i) {
+        const kvcull::SplitMix64 of_run{options_.seed};
+        const std::uint64_t seed =
+            kvcull::SplitMix64{kvcull::SplitMix64(of_run)() ^ (done_ * options_.batch + i)}();
+        reports[i] = learn(world_document(seed, options_.length), gradients[i]);
+    });
 
     const auto share = static_cast<float>(1.0 / static_cast<double>(options_.batch));
     StepReport report;

@@ -21,6 +21,7 @@ struct Words {
     [[nodiscard]] bool holds(int token) const { return token >= first && token < first + count; }
 };
 constexpr Words topics{8, 16}, names{24, 128}, values{152, 128}, fillers{280, 168};
+static_assert(fillers.first + fillers.count == world_vocabulary);
 
 class Random {
   public:

@@ -12,6 +12,9 @@
 
 namespace tiny_llama {
 
+/// Tokens of the language: ids below it.
+inline constexpr std::size_t world_vocabulary = 448;
+
 /// Words of the language that have a meaning of their own.
 namespace word {
 enum : int { begin_text = 1, stop, ask, think, end_think, wait, so };

@@ -15,21 +15,25 @@ using tiny_llama::Config;
 const json smallest{{"model_type", "llama"},   {"num_hidden_layers", 2},   {"hidden_size", 64},
                     {"intermediate_size", 96}, {"num_attention_heads", 4}, {"vocab_size", 10}};
 
-Config read(const json& value) {
+Config read(const std::string& text) {
     const auto path = std::filesystem::temp_directory_path() /
                       ("kvcull_test_config_" + std::to_string(::getpid()) + ".json");
-    std::ofstream(path) << value;
+    std::ofstream(path) << text;
     struct Remove {
         const std::filesystem::path& path;
         ~Remove() { std::filesystem::remove(path); }
     } const remove{path};
     return tiny_llama::read_config(path);
 }
+Config read(const json& value) {
+    return read(value.dump());
+}
 json with(const char* key, const json& value, json object = smallest) {
     object[key] = value;
     return object;
 }
-std::string complaint(const json& value) {
+template <class Text>
+std::string complaint(const Text& value) {
     try {
         read(value);
         return "";
@@ -95,7 +99,7 @@ TEST_CASE("rope scaling is linear, llama3 or refused by name", "[tiny_llama][con
     CHECK_THAT(refused({{"rope_type", "dynamic"}, {"factor", 4.0}}), says("'rope_type' is \"dynamic\""));
     CHECK_THAT(refused({{"type", "linear"}}), says("rope_scaling: 'factor' is missing"));
     CHECK_THAT(refused({{"type", "linear"}, {"factor", 0}}), says("factor"));
-    CHECK_THAT(refused({{"factor", 2.0}}), says("'type' is missing"));
+    CHECK_THAT(refused({{"factor", 2.0}}), says("'rope_type' is missing"));
     CHECK_THAT(refused("linear"), says("want an object"));
     json cut = llama3;
     cut.erase("low_freq_factor");
@@ -110,6 +114,22 @@ TEST_CASE("a setting that would change the numbers is refused by name", "[tiny_l
     CHECK_THAT(complaint(with("mlp_bias", true)), says("'mlp_bias' is true"));
     CHECK_THAT(complaint(with("quantization_config", {{"bits", 4}})), says("quantization_config"));
     CHECK_THAT(complaint(with("partial_rotary_factor", 0.5)), says("partial_rotary_factor"));
+    CHECK_THAT(complaint(with("rope_parameters", {{"rope_type", "default"}, {"partial_rotary_factor", 0.5}})),
+               says("rope_parameters: 'partial_rotary_factor' is 0.5, want 1"));
+    CHECK_THAT(complaint(with("rope_parameters", {{"rope_theta", 1e4}})), says("'rope_type' is missing"));
+    json both = with("rope_parameters", {{"rope_type", "default"}});
+    both["rope_scaling"] = {{"type", "linear"}, {"factor", 4.0}};
+    CHECK_THAT(complaint(both), says("want none beside rope_parameters"));
+    CHECK_THAT(complaint(with("logits_scaling", 8.0)), says("'logits_scaling' is 8.0, want 1"));
+    CHECK_THAT(complaint(with("final_logit_softcapping", 30.0)), says("final_logit_softcapping"));
+    CHECK_THAT(complaint(with("sliding_window", 4096)), says("'sliding_window' is 4096, want none"));
+    CHECK_THAT(complaint(with("layer_types", {"full_attention", "sliding_attention"})), says("layer_types"));
+    CHECK_NOTHROW(complaint(with("layer_types", {"full_attention", "full_attention"})));
+    CHECK_THAT(complaint(with("rms_norm_eps", -1.0)), says("'rms_norm_eps' is -1.0, want a number"));
+    std::string deep = smallest.dump();  // deeper than a recursion could go
+    deep.back() = ',';
+    deep += "\"mlp_bias\":" + std::string(200000, '[') + std::string(200000, ']') + '}';
+    CHECK_THAT(complaint(deep), says("'mlp_bias' is a list of 1, want true"));
 }
 
 TEST_CASE("missing and ill-typed keys are named with what was got and wanted", "[tiny_llama][contract]") {

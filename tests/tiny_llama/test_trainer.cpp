@@ -8,6 +8,7 @@
 
 #include "shipped.hpp"
 #include "support/catch.hpp"
+#include "support/failure.hpp"
 #include "support/reference.hpp"
 #include "world.hpp"
 
@@ -94,6 +95,14 @@ TEST_CASE("a run that was stopped and resumed ends with the same bits on any num
     CHECK_THROWS_AS(stranger.resume(state), kvcull::error::format_error);
     CHECK(stranger.steps_done() == 0);
     std::filesystem::remove(state);
+}
+
+TEST_CASE("options that no step could be made with are refused when the trainer is made",
+          "[tiny_llama][contract]") {
+    TrainingOptions options = quick;
+    options.budget = 0;
+    CHECK(kvcull::test::failure<kvcull::error::config_error>([&] { GateTrainer(model(), options); }) ==
+          "GateTrainer: budget is 0.000000, want above 0");
 }
 
 TEST_CASE("gates are written as policies read them", "[tiny_llama][property]") {
