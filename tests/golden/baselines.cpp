@@ -117,8 +117,10 @@ void check_streaming(GoldenFile& file) {
                         .v = k.values,
                         .positions = file.array<std::int64_t>("in.position", 1).values};
     detail::check_size("golden", "in.position.shape[0]", stream.positions.size(), n);
-    const auto pairing = file.choice<Pairing>(
-        "rope_convention", {{"half", Pairing::half_split}, {"interleaved", Pairing::interleaved}});
+    auto pairing = Pairing::half_split;
+    if (file.has("rope_convention"))
+        pairing = file.choice<Pairing>(
+            "rope_convention", {{"half", Pairing::half_split}, {"interleaved", Pairing::interleaved}});
     const Rope frequencies = rope(dim, file.real("rope_base"), pairing);
     const Budget budget{.tokens = file.count("budget")};
     const std::size_t left = std::min(n, budget.tokens);

@@ -289,10 +289,11 @@ void check_prefill(GoldenFile& file) {
                            .kv_heads = kv_heads,
                            .head_dim = first.k.dim(2),
                            .value_dim = first.v.dim(2)};
+    const Budget budget{.tokens = *std::min_element(sizes.of_layer.begin(), sizes.of_layer.end())};
     for (const std::size_t block_rows : {3U, 64U}) {
         file.begin_run("storage in blocks of " + std::to_string(block_rows));
         BlockPool pool({.block_rows = block_rows});
-        KVCache<EpiCache, Sizes> cache(shape, policy, {.tokens = 1}, pool, sizes);
+        KVCache<EpiCache, Sizes> cache(shape, policy, budget, pool, sizes);
         model.peak.assign(layers, 0);
         std::vector<std::vector<std::int64_t>> lengths(layers), positions(layers);
         const std::vector<std::int32_t> history(n);
@@ -306,7 +307,7 @@ void check_prefill(GoldenFile& file) {
                     lengths[l].push_back(static_cast<std::int64_t>(cache.rows(l, h)));
                 }
         }
-        KVCache<EpiCache, Sizes> at_once(shape, policy, {.tokens = 1}, pool, sizes);
+        KVCache<EpiCache, Sizes> at_once(shape, policy, budget, pool, sizes);
         block_prefill(at_once, model, history, block, prompt);
         file.expect("out.peak_rows", {layers}, whole(model.peak));
         for (std::size_t l = 0; l < layers; ++l) {
