@@ -451,6 +451,25 @@ TEST_CASE("a value that is not finite costs no more than the ranking while it is
         }
 }
 
+TEST_CASE("greedy removal of a row that is not finite leaves the others as if it had never been",
+          "[property]") {
+    const CacheShape one{.layers = 1, .q_heads = 2, .kv_heads = 1, .head_dim = 4};
+    for (const bool fast : {false, true})
+        for (const float bad : {quiet_nan(), -negative_infinity()}) {
+            Stream stream = random_stream(one, 13, 8);
+            stream.v[0] = bad;  // of the oldest token, which recency lets go first
+            const Caote<H2O> policy{.base = {.recent = 0}, .fast = fast, .order = Caote<H2O>::Order::greedy};
+            KVCache at_once(one, policy, {.tokens = 13}), in_two(one, policy, {.tokens = 13});
+            feed(at_once, stream, 0, 13);
+            feed(in_two, stream, 0, 13);
+            at_once.make_room(7);
+            in_two.make_room(1);
+            in_two.make_room(7);
+            CHECK(at_once.positions(0, 0) == in_two.positions(0, 0));
+            CHECK(at_once.positions(0, 0) != std::vector<position_t>{7, 8, 9, 10, 11, 12});
+        }
+}
+
 TEST_CASE("equal values leave the choice to recency, and the last row of a head has no price", "[property]") {
     Stream stream = random_stream(small, 40, 11);
     for (std::size_t i = 0; i < stream.v.size(); ++i) stream.v[i] = i % small.values() == 0 ? 1.0F : 0.0F;

@@ -179,6 +179,47 @@ TEST_CASE("a row that holds all the weight is never worth removing, and the othe
         }
 }
 
+TEST_CASE("weights whose squares no float holds have their errors all the same", "[differential]") {
+    const Changes changes = GENERATE(Changes::norm, Changes::mean);
+    for (const std::size_t group : {1U, 4U}) {
+        const std::size_t n = 12, dim = 5;
+        const std::vector<float> v = random_floats(n * dim, 3);
+        std::vector<float> weights(group * n, 0.0F), points(group * dim),
+            scratch(removal_scratch(group, dim));
+        for (std::size_t g = 0; g < group; ++g)
+            for (std::size_t j = 0; j < n; ++j)
+                weights[g * n + j] =
+                    j + 2 < n ? std::pow(10.0F, -12.0F - 2.0F * static_cast<float>(j)) : 0.5F;
+        const RowsView rows(v.data(), n, dim, dim);
+        detail::weighted_mean(simd::kernels(), {weights.data(), group, n}, rows, {points.data(), group, dim});
+        std::vector<float> out(n);
+        removal_errors(simd::kernels(), {weights.data(), group, n}, rows,
+                       {.points = {points.data(), group, dim}}, changes, out, scratch.data());
+        for (std::size_t j = 0; j + 2 < n; ++j) {
+            double square = 0;
+            for (std::size_t c = 0; c < dim; ++c)
+                square += std::pow(static_cast<double>(v[j * dim + c]) - static_cast<double>(points[c]), 2);
+            const double heads = changes == Changes::norm ? std::sqrt(static_cast<double>(group)) : 1.0;
+            CHECK(close(out[j],
+                        heads * std::pow(10.0, -12.0 - 2.0 * static_cast<double>(j)) * std::sqrt(square),
+                        1e-4, 0.0));
+        }
+    }
+}
+
+TEST_CASE("a value that is not finite leaves no row a price", "[contract]") {
+    for (const float bad : {quiet_nan(), -negative_infinity(), negative_infinity()}) {
+        std::vector<float> v = random_floats(8 * 3, 4), weights(8, 0.125F), point(3), out(8),
+                           scratch(removal_scratch(1, 3));
+        v[7 * 3] = bad;
+        const RowsView rows(v.data(), 8, 3, 3);
+        detail::weighted_mean(simd::kernels(), {weights.data(), 1, 8}, rows, {point.data(), 1, 3});
+        removal_errors(simd::kernels(), {weights.data(), 1, 8}, rows, {.points = {point.data(), 1, 3}},
+                       Changes::norm, out, scratch.data());
+        for (const float& error : out) CHECK(is_nan(error));
+    }
+}
+
 TEST_CASE("uniform weights make the plain mean exact, and equal values cost nothing", "[property]") {
     const Case uniform = make(Kind::uniform, 4, 50, 80, 3);
     CHECK(near(errors_of(uniform, Changes::norm, true), errors_of(uniform), 1.0, 1e-7));

@@ -156,18 +156,27 @@ struct Caote {
         memory += n;
         std::fill(left.begin(), left.end(), 1.0F);
         write_scores(state, step, scores);
+        bool poisoned = false;  // a victim's value is not finite: no weight takes it out of a sum
+        const auto take_means = [&](MatrixView<const float> of) {
+            if (!poisoned) return detail::weighted_mean(*step.kernels, of, step.cached.v, points);
+            for (std::size_t g = 0; g < points.rows; ++g) std::fill(points[g].begin(), points[g].end(), 0.0F);
+            for_each_row(step.cached.v, 0, *step.workspace, [&](std::size_t j, std::span<const float> value) {
+                for (std::size_t g = 0; left[j] > 0.0F && g < points.rows; ++g)
+                    for (std::size_t c = 0; c < dim; ++c) points[g][c] += of[g][j] * value[c];
+            });
+        };
         for (victims.clear(); victims.size() < count;) {
             if (fast) {
                 std::copy(left.begin(), left.end(), weights[0].begin());
                 detail::normalise(*step.kernels, name, {weights.data, 1, n});
-                detail::weighted_mean(*step.kernels, {weights.data, 1, n}, step.cached.v, points);
+                take_means({weights.data, 1, n});
             }
             for (std::size_t g = 0; g < heads; ++g) {
                 const bool some = detail::Summary(*step.kernels, scores[g]).most > 0.0F;
                 std::copy_n(some ? scores[g].data() : left.data(), n, weights[g].data());
             }
             detail::normalise(*step.kernels, name, weights);
-            if (!fast) detail::weighted_mean(*step.kernels, weights, step.cached.v, points);
+            if (!fast) take_means(weights);
             removal_errors(*step.kernels, weights, step.cached.v, {.points = points, .plain = fast},
                            changes(), error, memory);
             const auto goes_before = [&](std::size_t a, std::size_t b) {
@@ -178,6 +187,9 @@ struct Caote {
             for (std::size_t j = 0; j < n; ++j)
                 if (left[j] > 0.0F && fixed[j] == 0 && (victim == n || goes_before(j, victim))) victim = j;
             left[victim] = 0.0F;
+            step.cached.v.widen(victim, {step.workspace->get(dim), dim});
+            for (std::size_t c = 0; c < dim; ++c)
+                poisoned = poisoned || !is_finite(step.workspace->data()[c]);
             for (std::size_t g = 0; g < heads; ++g) scores[g][victim] = 0.0F;
             victims.push_back(static_cast<index_t>(victim));
         }

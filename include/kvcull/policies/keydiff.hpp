@@ -130,7 +130,7 @@ struct KeyNorm {
         return dim;
     }
     [[nodiscard]] constexpr bool due(const Moment& moment) const {
-        return moment.layer >= skip_layers && moment.rows > prune_after && moment.rows > moment.budget &&
+        return moment.layer >= skip_layers && moment.rows >= prune_after && moment.rows > moment.budget &&
                moment.rows - moment.budget > moment.slack;
     }
     static void observe(State& state, const HeadStep& step) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -123,10 +124,12 @@ struct TrimKV {
     }
     static void observe(State& /*state*/, const HeadStep& /*step*/) {}
     void score(const State& state, const HeadStep& step, std::span<float> out) const {
-        const auto newest = step.next_position - 1 + static_cast<position_t>(newest_age);
+        const position_t newest = step.next_position - 1, more = static_cast<position_t>(newest_age);
+        constexpr position_t oldest = std::numeric_limits<position_t>::max();
         step.cached.position.for_each_run([&](std::size_t first, std::span<const position_t> run) {
             for (std::size_t j = 0; j < run.size(); ++j)
-                worth(state.log_beta[first + j], newest - run[j], out[first + j]);
+                worth(state.log_beta[first + j], std::min(newest - run[j], oldest - more) + more,
+                      out[first + j]);
         });
         if (!key_norm) return;
         for_each_row(step.cached.k, 0, *step.workspace, [&](std::size_t j, std::span<const float> key) {

@@ -96,7 +96,8 @@ struct Centre {
 
 /// Change of a group's outputs when one row is left out; out[n], [0] = +Inf if it is the only row.
 /// A row that holds more than half of a weight is measured against the mean of the *other* rows, because
-/// 1 - a_j and v_j - o vanish together; if the others weigh nothing, it gets +Inf.
+/// 1 - a_j and v_j - o vanish together; if the others weigh nothing, it gets +Inf. A centre that is not
+/// finite makes all of them NaN.
 /// @param weights [G, n], rows that sum to 1; overwritten. @param scratch `removal_scratch(G, d)` floats.
 /// Cost: one pass over V, one more per such heavy row; O(G n d), or O(G n) if the distances are known.
 inline void removal_errors(const simd::Kernels& kernels, MatrixView<float> weights, const RowsView& v,
@@ -106,6 +107,9 @@ inline void removal_errors(const simd::Kernels& kernels, MatrixView<float> weigh
         out[0] = positive_infinity();
         return;
     }
+    for (std::size_t g = 0; centre.squares.empty() && g < centre.points.rows; ++g)
+        for (const float& x : centre.points[g])
+            if (!is_finite(x)) return std::fill(out.begin(), out.end(), quiet_nan());
     std::fill(out.begin(), out.end(), 0.0F);
     const auto add = [&](std::size_t j, float error) {
         out[j] += changes == Changes::norm ? error * error : error;
@@ -133,10 +137,24 @@ inline void removal_errors(const simd::Kernels& kernels, MatrixView<float> weigh
         kernels.odds(a.data(), n, 1.0F);
     }
 
+    const auto root_of_squares = [&](std::size_t row, const float* square, std::size_t stride) {
+        double sum = 0.0;
+        for (std::size_t g = 0; g < group; ++g) {
+            const auto weight = static_cast<double>(weights[g][row]);
+            sum += weight * weight * static_cast<double>(square[g * stride]);
+        }
+        return static_cast<float>(std::sqrt(sum));
+    };
     const auto collect = [&](std::size_t first, std::size_t rows, const float* squares, std::size_t stride) {
-        if (changes == Changes::norm)
-            return kernels.add_squares(out.data() + first, weights.data + first, weights.stride, nullptr, 0,
-                                       squares, stride, group, rows);
+        if (changes == Changes::norm) {
+            kernels.add_squares(out.data() + first, weights.data + first, weights.stride, nullptr, 0, squares,
+                                stride, group, rows);
+            kernels.square_roots(out.data() + first, rows);
+            constexpr float tiny = 1e-15F;  // whose square has lost bits, or all of them
+            for (std::size_t j = 0; j < rows; ++j)
+                if (out[first + j] < tiny) out[first + j] = root_of_squares(first + j, squares + j, stride);
+            return;
+        }
         for (std::size_t g = 0; g < group; ++g)
             for (std::size_t j = 0; j < rows; ++j)
                 out[first + j] += weights[g][first + j] * std::sqrt(squares[g * stride + j]);
@@ -152,7 +170,7 @@ inline void removal_errors(const simd::Kernels& kernels, MatrixView<float> weigh
             collect(first, end - first, scratch, centre.plain ? 0 : detail::distance_rows);
         }
     }
-    if (changes == Changes::norm) return kernels.square_roots(out.data(), n);
+    if (changes == Changes::norm) return;
     for (float& error : out) error /= static_cast<float>(group);
 }
 
