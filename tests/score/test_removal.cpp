@@ -335,6 +335,7 @@ TEST_CASE("weights are made to sum to 1: NaN counts as nothing, nothing at all i
     }
     const std::vector<float> many = normalised(std::vector<float>(100003, 0.1F));
     CHECK(close(many[77], 1.0 / 100003, 1e-6, 0));
+    for (const float& share : normalised(std::vector<float>(100, 3e38F))) CHECK(close(share, 0.01, 1e-6, 0));
 
     std::vector<float> two{1, 2, 1, -3};
     const std::string message = failure<error::state_error>([&] {

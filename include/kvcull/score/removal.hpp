@@ -42,6 +42,10 @@ inline float prepare(const simd::Kernels& kernels, std::string_view where, std::
         all = Summary(kernels, row);
     }
     check<error::state_error>(all.least >= 0.0F, where, "base score", all.least, "not negative");
+    if (all.most > 1e30F) {  // some of them would sum to more than a float holds
+        for (float& weight : row) weight *= 0x1p-64F;
+        all = Summary(kernels, row);
+    }
     if (!(all.sum > 0.0)) {
         std::fill(row.begin(), row.end(), 1.0F);
         all.sum = static_cast<double>(row.size());
