@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kvcull/policies.hpp"
+#include "kvcull/select/head_rules.hpp"
 #include "support/catch.hpp"
 #include "support/counting.hpp"
 #include "support/every_policy.hpp"
@@ -269,25 +270,30 @@ TEST_CASE("after reserve, no decode step takes anything from the heap, nor more 
     if (slack == 0) run(EveryLike{});
 }
 
-TEST_CASE("a sequence state's evictions in all layers at once take nothing from the heap either",
-          "[property]") {
+TEST_CASE(
+    "evictions in all layers at once, and under a rule that divides heads, take nothing from the heap either",
+    "[property]") {
     const std::size_t tokens = 60;
     const TokenStream stream(small, tokens, 5);
-    KVCache cache(small, LateLike{}, Budget{.tokens = 10});
-    feed(cache, stream, 0, 3);
-    cache.reserve(14);
-    Outputs out(small, 1);
-    for (std::size_t token = 3; token < tokens; ++token) {
-        const CountAllocations counter;
-        for (std::size_t layer = 0; layer < 2; ++layer) {
-            cache.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1));
-            cache.attend(layer, stream.q(layer, token, 1), out.layer(layer));
+    const auto run = [&](const auto& policy, const auto& rule, std::size_t warm) {
+        KVCache cache(small, policy, Budget{.tokens = 10}, rule);
+        if (warm > 0) feed(cache, stream, 0, warm);
+        cache.reserve(14);
+        Outputs out(small, 1);
+        for (std::size_t token = warm; token < tokens; ++token) {
+            const CountAllocations counter;
+            for (std::size_t layer = 0; layer < 2; ++layer) {
+                cache.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1));
+                cache.attend(layer, stream.q(layer, token, 1), out.layer(layer));
+            }
+            cache.end_step();
+            const std::size_t count = counter.count();
+            REQUIRE(count == 0);
         }
-        cache.end_step();
-        const std::size_t count = counter.count();
-        REQUIRE(count == 0);
-    }
-    REQUIRE(cache.rows(1, 1) == 10);
+        REQUIRE(cache.rows(1, 1) == 10);
+    };
+    run(LateLike{}, Uniform{}, 3);
+    run(H2O{.recent = 2}, AdaKV<>{}, 0);
 }
 
 TEST_CASE("bytes and their peak are what the pool counts", "[property]") {

@@ -119,6 +119,7 @@ class Evictor {
     void reserve(std::size_t rows) {
         for (State& state : live_.states) reserve_state(state, rows);
         decision_.reserve(rows);
+        undivided_.reserve(live_.sizes.size());
         if constexpr (Gated<P>) log_beta_.get(shape().kv_heads);
         plan_.reserve(decides_at_end() ? shape().heads() : shape().kv_heads, rows);
     }

@@ -79,7 +79,7 @@ class Reducer {
         for (auto* levels : {&level_, &sorted_}) levels->reserve(rows);
         for (auto* places : {&position_, &latest_, &tied_position_}) places->reserve(rows);
         for (auto* scores : {&score_, &tied_score_}) scores->reserve(rows);
-        fixed_.reserve(rows);
+        for (auto* marks : {&fixed_, &newest_, &pinned_}) marks->reserve(rows);
     }
 
   private:
