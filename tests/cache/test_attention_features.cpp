@@ -269,16 +269,16 @@ TEST_CASE("a budget of memory gives the windows theirs first", "[contract]") {
 TEST_CASE("what reads plain logits is refused by name where they are capped or biased", "[contract]") {
     CacheShape shape = layered(1, 4, {{}});
     shape.softcap = 30.0F;
-    const OBCache by_keys{.kind = OBCache::Score::key};
-    CHECK(failure<error::config_error>([&] { KVCache(shape, by_keys, Budget{.tokens = 40}); }) ==
-          "CacheShape: softcap is given, want none: obcache reads plain logits");
-    CHECK_NOTHROW(KVCache(shape, OBCache{.kind = OBCache::Score::value}, Budget{.tokens = 40}));
+    const LaqThen<OBCache> ahead{};
+    CHECK(failure<error::config_error>([&] { KVCache(shape, ahead, Budget{.tokens = 40}); }) ==
+          "CacheShape: softcap is given, want none: laq reads plain logits");
+    CHECK_NOTHROW(KVCache(shape, OBCache{.kind = OBCache::Score::key}, Budget{.tokens = 40}));
     CHECK_NOTHROW(KVCache(shape, SnapKV{.window = 4}, Budget{.tokens = 9}));
     shape.softcap = 0.0F;
-    KVCache cache(shape, by_keys, Budget{.tokens = 40});
+    KVCache cache(shape, ahead, Budget{.tokens = 40});
     CHECK(failure<error::config_error>([&] {
               cache.set_bias(alibi({1.0F, 1.0F}));
-          }) == "Evictor::set_bias: bias is given, want none: obcache reads plain logits");
+          }) == "Evictor::set_bias: bias is given, want none: laq reads plain logits");
     cache.set_bias({});
 }
 

@@ -144,6 +144,60 @@ TEST_CASE("every score is what its formula says, on every instruction set", "[di
     }
 }
 
+TEST_CASE("scores of a model that caps and biases its logits take its weights, and plain products of keys",
+          "[differential]") {
+    CacheShape shape = small;
+    shape.softcap = 1.5F;
+    Stream stream = random_stream(shape, n, 7);
+    for (float& x : stream.q) x *= 3.0F;  // far into the cap
+    const float slope = 0.1F;
+    const std::size_t group = shape.group(), dim = shape.head_dim, values = shape.values();
+    const Head rows(stream, 1);
+    std::vector<double> want[3];  // key, joint, separate
+    for (auto& one : want) one.assign(n, 0.0);
+    for (std::size_t g = 0; g < group; ++g)
+        for (std::size_t i = 12; i < n; ++i) {
+            std::vector<double> z(i + 1), weight(i + 1), output(values);
+            double total = 0;
+            for (std::size_t j = 0; j <= i; ++j) {
+                for (std::size_t c = 0; c < dim; ++c)
+                    z[j] += static_cast<double>(stream.queries(0, i, 1).row(group + g, 0)[c]) *
+                            static_cast<double>(rows.k[j * dim + c]) / std::sqrt(static_cast<double>(dim));
+                weight[j] = std::exp(1.5 * std::tanh(z[j] / 1.5) -
+                                     static_cast<double>(slope) * static_cast<double>(i - j));
+                total += weight[j];
+            }
+            for (std::size_t j = 0; j <= i; ++j)
+                for (std::size_t c = 0; c < values; ++c)
+                    output[c] += weight[j] / total * static_cast<double>(rows.v[j * values + c]);
+            for (std::size_t j = 0; j <= i; ++j) {
+                double square = 0, apart = 0, both = 0;
+                for (std::size_t c = 0; c < values; ++c) {
+                    const auto v = static_cast<double>(rows.v[j * values + c]);
+                    square += v * v;
+                    apart += (v - output[c]) * (v - output[c]);
+                    both += std::pow(v + z[j] * (v - output[c]), 2);
+                }
+                const double a = weight[j] * weight[j] / (total * total);
+                want[0][j] += a * z[j] * z[j] * apart;
+                want[1][j] += a * both;
+                want[2][j] += a * (square + z[j] * z[j] * apart);
+            }
+        }
+    const Score scores[]{Score::key, Score::joint, Score::separate};
+    for (std::size_t s = 0; s < 3; ++s)
+        for (const bool lagged : {false, true}) {
+            CAPTURE(s, lagged);
+            const OBCache policy{.kind = scores[s], .recent = 3, .lagged = lagged};
+            for_each_driver(shape, policy, roomy, [&](auto& cache, const auto&) {
+                cache.set_bias(alibi(std::vector<float>(shape.q_heads, slope)));
+                feed_prompt(cache, stream, 0, 15, 15);
+                feed_decode(cache, stream, 15, n);
+                CHECK(near(cache.scores(0, 1), want[s]));
+            });
+        }
+}
+
 TEST_CASE("joint scores are exact also where values have a mean that dwarfs what sets them apart",
           "[differential]") {
     Stream stream = random_stream(small, n, 6);

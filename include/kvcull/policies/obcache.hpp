@@ -20,12 +20,16 @@ namespace kvcull::inline KVCULL_ABI {
 ///     attention A    value_l1 A |v|_1    value (A |v|)^2    key (A z)^2 |v - o|^2
 ///     joint A^2 |v + z (v - o)|^2        separate value + key
 ///
+/// z is the scaled product of query and key also where the model caps or biases what softmax sees, for
+/// another pass over K.
+///
 /// summed over rows and the group. Everything else (which rows count, smoothing, protection) is that of a
 /// base. State: 4 bytes per token and KV head, 4 more for a norm that is kept (of all but `attention` and
 /// `key`), 8 G more if `lagged`. Cost per counted row: O(G n) for `value`; for `key`, `joint` and `separate`
 /// another pass over V, O(G n d), which `lagged` moves into the next token's attention.
 struct OBCache {
     static constexpr std::string_view name = "obcache";
+    static constexpr bool follows_logits = true;
     static constexpr std::size_t usual_recent = 16;
     enum class Score : std::uint8_t { attention, value_l1, value, key, joint, separate };
     friend constexpr auto names_of(Score /*any*/) noexcept {
@@ -128,7 +132,9 @@ struct OBCache {
             return;
         }
         const auto weights = [&](std::size_t r) { return step.attention[r].data(); };
-        const auto logits = [&](std::size_t r) { return step.logits[r].data(); };
+        const auto logits = [&](std::size_t r, std::size_t begin, std::size_t end, float* spare) {
+            return logits_of(step, r, begin, end, spare);
+        };
         const bool whole = !reads_outputs() && norms == Norms::kept;  // V is not read
         const std::size_t n = step.n(), stretch = whole ? n : detail::distance_rows;
         for (std::size_t begin = 0; begin < n; begin += stretch)
@@ -212,8 +218,8 @@ struct OBCache {
                      });
     }
     /// out[begin .. end - 1] += what query rows `first .. first + count - 1` give those rows of the cache.
-    /// weights(r), logits(r): [n] of a query row; `takes_part(r)`: whether it counts. At most `distance_rows`
-    /// rows unless V is not read.
+    /// weights(r): [n] of a query row; logits(r, begin, end, spare): those of the rows, perhaps in `spare`;
+    /// `takes_part(r)`: whether it counts. At most `distance_rows` rows unless V is not read.
     template <class Weights, class Logits, class Counts>
     void add_rows(const State& state, const HeadStep& step, std::size_t begin, std::size_t end,
                   std::size_t first, std::size_t count, const Weights& weights, const Logits& logits,
@@ -232,8 +238,11 @@ struct OBCache {
             detail::distances(*step.kernels, origin, dim, 1, v, begin, end, nullptr, own);
             norm = own;
         }
-        for (std::size_t r = 0; kind == Score::joint && r < count; ++r)
-            std::copy_n(logits(first + r) + begin, end - begin, z + r * stride);
+        for (std::size_t r = 0; kind == Score::joint && r < count; ++r) {
+            float* const own = z + r * stride;
+            if (const float* given = logits(first + r, begin, end, own); given != own)
+                std::copy_n(given, end - begin, own);
+        }
         if (kind == Score::joint && norm != nullptr) {
             const MatrixView<const float> points(output[first].data(), count, dim, output.stride);
             joint_squares(step, begin, end, points, norm, z, square, z + count * stride);
@@ -251,7 +260,7 @@ struct OBCache {
             if (kind == Score::joint)
                 add(r, nullptr, square + (r - first) * stride);
             else if (reads_outputs())
-                add(r, logits(r) + begin, square + (r - first) * stride);
+                add(r, logits(r, begin, end, z), square + (r - first) * stride);
         }
     }
 
@@ -286,6 +295,22 @@ struct OBCache {
                 if (square[i] < 0.0F) square[i] = spare[i];
     }
 
+    /// Scaled products of query row r and the keys of rows `begin .. end - 1`, 0 where it sees none: those
+    /// that softmax saw, unless they were capped or biased; then computed in `spare`.
+    [[nodiscard]] static const float* logits_of(const HeadStep& step, std::size_t r, std::size_t begin,
+                                                std::size_t end, float* spare) {
+        if (step.bias == nullptr && !(step.softcap > 0.0F)) return step.logits[r].data() + begin;
+        detail::for_each_piece(step.cached.k, begin, end,
+                               [&](const RowsView::Run& piece, const std::byte* next) {
+                                   detail::dots(*step.kernels, step.q[r].data(), 0, 1, step.cached.k, piece,
+                                                step.scale, spare + (piece.first - begin), 0, next);
+                               });
+        const Visible& visible = step.visible[r];
+        for (std::size_t j = begin; j < end; ++j)
+            if (j >= visible.end || (j >= visible.sinks && j < visible.begin)) spare[j - begin] = 0.0F;
+        return spare;
+    }
+
     /// The newest query rows, one of each head, wait for a pass over the values.
     void keep_late(State& state, const HeadStep& step) const {
         const std::size_t group = step.group, dim = step.cached.v.dim();
@@ -293,7 +318,9 @@ struct OBCache {
             const std::span<float> weights = state.late[g];
             std::copy(step.attention[g].begin(), step.attention[g].end(), weights.begin());
             if (!counts(step, g)) std::fill(weights.begin(), weights.end(), 0.0F);
-            std::copy(step.logits[g].begin(), step.logits[g].end(), state.late[group + g].begin());
+            float* const late = state.late[group + g].data();
+            if (const float* given = logits_of(step, g, 0, step.n(), late); given != late)
+                std::copy_n(given, step.n(), late);
             std::copy(step.output[g].begin(), step.output[g].end(), &state.output[g * dim]);
         }
         state.waits = true;
@@ -304,12 +331,14 @@ struct OBCache {
             add_rows(
                 state, step, first, std::min(end, first + detail::distance_rows), 0, step.group,
                 [&](std::size_t g) { return state.late[g].data(); },
-                [&](std::size_t g) { return state.late[step.group + g].data(); },
+                [&](std::size_t g, std::size_t begin_of, std::size_t, float*) {
+                    return state.late[step.group + g].data() + begin_of;
+                },
                 {state.output.data(), step.group, step.cached.v.dim()}, [](std::size_t) { return true; },
                 out);
     }
 };
 static_assert(Policy<OBCache> && Protects<OBCache> && Triggered<OBCache> && Ordered<OBCache>);
-static_assert(ReadsValues<OBCache> && Checked<OBCache>);
+static_assert(ReadsValues<OBCache> && Checked<OBCache> && FollowsLogits<OBCache>);
 
 }  // namespace kvcull::inline KVCULL_ABI

@@ -370,9 +370,9 @@ concept ProtectsAhead = Lookahead<P> && requires(const P policy, std::size_t bud
     { policy.protect_ahead(budget) } -> std::same_as<Protected>;
 };
 
-/// Computes attention from query rows by itself, and does so by `with_logit_rule`. Who asks for query rows
-/// without their attention, for logits or for look-ahead queries and does not say so is refused where logits
-/// are capped or biased.
+/// Computes attention from query rows by itself, and does so by `with_logit_rule`, or wants plain products
+/// and makes them itself where logits are not. Who asks for query rows without their attention, for logits or
+/// for look-ahead queries and does not say so is refused where logits are capped or biased.
 template <class P>
 concept FollowsLogits = P::follows_logits;
 
