@@ -157,6 +157,19 @@ bool agrees_with_rebuilt(KVCache<P>& cache, const TokenStream& stream, std::size
     return good;
 }
 
+/// What a step of one token takes from the heap, into outputs that are there.
+template <class Cache>
+std::size_t allocations_of_step(Cache& cache, const TokenStream& stream, std::size_t token, Outputs& out,
+                                const AppendInputs& inputs = {}) {
+    const CountAllocations counter;
+    for (std::size_t layer = 0; layer < cache.shape().layers; ++layer) {
+        cache.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1), inputs);
+        cache.attend(layer, stream.q(layer, token, 1), out.layer(layer));
+    }
+    cache.end_step();
+    return counter.count();
+}
+
 }  // namespace
 
 TEST_CASE("attention after evictions has the bits of a cache built from the kept rows in their slot order",
@@ -247,14 +260,8 @@ TEST_CASE("after reserve, no decode step takes anything from the heap, nor more 
         Outputs out(small, 1);
         std::size_t most = 0;
         for (std::size_t token = warm ? 3 : 0; token < tokens; ++token) {
-            const CountAllocations counter;
-            for (std::size_t layer = 0; layer < 2; ++layer) {
-                cache.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1),
-                             {.log_beta = {&log_beta[token % 5], 2, 1}});
-                cache.attend(layer, stream.q(layer, token, 1), out.layer(layer));
-            }
-            cache.end_step();
-            const std::size_t count = counter.count();
+            const std::size_t count =
+                allocations_of_step(cache, stream, token, out, {.log_beta = {&log_beta[token % 5], 2, 1}});
             CAPTURE(token);
             REQUIRE(count == 0);
             REQUIRE(cache.bytes() <= bytes);
@@ -280,16 +287,8 @@ TEST_CASE(
         if (warm > 0) feed(cache, stream, 0, warm);
         cache.reserve(14);
         Outputs out(small, 1);
-        for (std::size_t token = warm; token < tokens; ++token) {
-            const CountAllocations counter;
-            for (std::size_t layer = 0; layer < 2; ++layer) {
-                cache.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1));
-                cache.attend(layer, stream.q(layer, token, 1), out.layer(layer));
-            }
-            cache.end_step();
-            const std::size_t count = counter.count();
-            REQUIRE(count == 0);
-        }
+        for (std::size_t token = warm; token < tokens; ++token)
+            REQUIRE(allocations_of_step(cache, stream, token, out) == 0);
         REQUIRE(cache.rows(1, 1) == 10);
     };
     run(LateLike{}, Uniform{}, 3);
@@ -1029,16 +1028,8 @@ TEST_CASE("what a cache reserved, no other cache on the pool can take, through s
         REQUIRE(cache.bytes() - cache.evictor().bytes() >= reserved);
         if (full) return;
         pool.set_limit(pool.bytes());
-        for (std::size_t token = 0; token < 20; ++token) {
-            const CountAllocations counter;
-            for (std::size_t layer = 0; layer < 2; ++layer) {
-                cache.append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1));
-                cache.attend(layer, stream.q(layer, token, 1), out.layer(layer));
-            }
-            cache.end_step();
-            const std::size_t count = counter.count();
-            REQUIRE(count == 0);
-        }
+        for (std::size_t token = 0; token < 20; ++token)
+            REQUIRE(allocations_of_step(cache, stream, token, out) == 0);
         REQUIRE(pool.bytes() == reserved);
         cache.trim();
         REQUIRE(pool.bytes() <= reserved);
