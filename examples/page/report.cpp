@@ -1,14 +1,13 @@
 #include "report.hpp"
 
 #include <algorithm>
-#include <fstream>
 #include <iomanip>
 #include <nlohmann/json.hpp>
 #include <ostream>
 #include <set>
-#include <stdexcept>
 
 #include "../common/gnuplot.hpp"
+#include "../common/write_file.hpp"
 
 namespace page {
 
@@ -48,9 +47,7 @@ void write_json(const std::filesystem::path& file, const nlohmann::ordered_json&
                                  {"ns_per_request", run.ns}});
         if (steps > 0) whole["runs"].back()["misses_per_step"] = per_step(run, steps);
     }
-    std::ofstream out(file);
-    out << whole.dump(1) << '\n';
-    if (!out.flush()) throw std::runtime_error(file.string() + ": cannot be written");
+    examples::write_file(file, whole.dump(1) + '\n');
 }
 
 void write_svg(const std::filesystem::path& file, std::span<const Outcome> runs, std::size_t steps) {

@@ -1,17 +1,16 @@
 #include "report.hpp"
 
 #include <algorithm>
-#include <fstream>
 #include <iomanip>
 #include <kvcull/base/safetensors.hpp>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <ostream>
 #include <sstream>
-#include <stdexcept>
 
 #include "../common/budget_text.hpp"
 #include "../common/gnuplot.hpp"
+#include "../common/write_file.hpp"
 
 namespace replay {
 namespace {
@@ -84,9 +83,7 @@ void write_json(const std::filesystem::path& file, const std::string& name, cons
                      {"full_us_per_step", run.full_seconds * 1e6}});
         whole["runs"].push_back(std::move(item));
     }
-    std::ofstream out(file);
-    out << whole.dump(1) << '\n';
-    if (!out.flush()) throw std::runtime_error(file.string() + ": cannot be written");
+    examples::write_file(file, whole.dump(1) + '\n');
 }
 
 void write_kept(const std::filesystem::path& file, const Trace& trace, std::span<const Outcome> runs) {

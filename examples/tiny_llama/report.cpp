@@ -3,16 +3,15 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <fstream>
 #include <iomanip>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <ostream>
 #include <sstream>
-#include <stdexcept>
 
 #include "../common/budget_text.hpp"
 #include "../common/gnuplot.hpp"
+#include "../common/write_file.hpp"
 
 namespace tiny_llama {
 namespace {
@@ -58,15 +57,6 @@ std::size_t longest(const std::vector<std::string>& names) {
     std::size_t length = 0;
     for (const std::string& name : names) length = std::max(length, name.size());
     return length;
-}
-
-void check(std::ofstream& out, const std::filesystem::path& file) {
-    if (!out.flush()) throw std::runtime_error(file.string() + ": cannot be written");
-}
-std::ofstream open(const std::filesystem::path& file) {
-    std::ofstream out(file);
-    check(out, file);
-    return out;
 }
 
 /// Text between tags.
@@ -173,9 +163,7 @@ void write_json(const std::filesystem::path& file, std::span<const Row> rows) {
     }
     nlohmann::ordered_json whole;
     whole["rows"] = std::move(list);
-    std::ofstream out = open(file);
-    out << whole.dump(1) << '\n';
-    check(out, file);
+    examples::write_file(file, whole.dump(1) + '\n');
 }
 
 bool write_accuracy_svg(const std::filesystem::path& file, std::span<const Row> rows,
@@ -255,7 +243,7 @@ void write_kept_svg(const std::filesystem::path& file, std::span<const Row> rows
     const auto names = tasks_of(rows), policies = policies_of(rows);
     const double left = 30 + 7 * static_cast<double>(std::max<std::size_t>(longest(policies), 12));
     const double panel = panel_top + pitch * static_cast<double>(policies.size() + 1) + panel_gap;
-    std::ofstream out = open(file);
+    std::ostringstream out;
     out << std::setprecision(6);
     const auto label = [&](double x, double y, const std::string& text, const char* more = "") {
         out << "<text x='" << x << "' y='" << y << "' " << more << ">" << escaped(text) << "</text>\n";
@@ -319,7 +307,7 @@ void write_kept_svg(const std::filesystem::path& file, std::span<const Row> rows
         y += panel;
     }
     out << "</svg>\n";
-    check(out, file);
+    examples::write_file(file, out.str());
 }
 
 }  // namespace tiny_llama
