@@ -1,10 +1,13 @@
 #pragma once
 /// Number types that cross the public interface, and exact conversions of the 16-bit ones.
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <span>
 #include <string_view>
 
 #include "config.hpp"
@@ -13,6 +16,8 @@ namespace kvcull::inline KVCULL_ABI {
 
 /// Index of a row of one KV head's cache (a slot).
 using index_t = std::int32_t;
+/// Most rows of a head that `index_t` can number.
+inline constexpr std::size_t max_rows = std::numeric_limits<index_t>::max();
 /// Position of a token in the original sequence.
 using position_t = std::int64_t;
 
@@ -71,6 +76,9 @@ inline constexpr std::array<ElementOf, all_dtypes.size()> elements_of{
 /// the constants below: newer Clang takes a float that is passed or returned by value for a finite one there.
 [[nodiscard]] constexpr bool is_finite(const float& x) noexcept {
     return (std::bit_cast<std::uint32_t>(x) & 0x7F800000U) != 0x7F800000U;
+}
+[[nodiscard]] constexpr bool all_finite(std::span<const float> numbers) noexcept {
+    return std::all_of(numbers.begin(), numbers.end(), [](const float& x) { return is_finite(x); });
 }
 [[nodiscard]] constexpr bool is_nan(const float& x) noexcept {
     return (std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFU) > 0x7F800000U;

@@ -81,10 +81,9 @@ inline Reach check_new_rows(std::string_view where, LayerView cached, std::size_
 /// `tokens` more rows fit into heads of `rows`: rows are numbered by `index_t`.
 inline void check_room(std::string_view where, std::string_view name, std::size_t tokens,
                        std::span<const std::size_t> rows) {
-    const std::size_t most = std::numeric_limits<index_t>::max();
     const std::size_t held = rows.empty() ? 0 : *std::max_element(rows.begin(), rows.end());
-    check<error::capacity_error>(tokens <= most - held, where, name, tokens,
-                                 text("at most ", most - held, " beyond the ", held, " rows of a head"));
+    check<error::capacity_error>(tokens <= max_rows - held, where, name, tokens,
+                                 text("at most ", max_rows - held, " beyond the ", held, " rows of a head"));
 }
 /// A prompt of `total` tokens after `seen`. @returns how many are then seen.
 inline std::size_t check_prompt(std::string_view where, std::size_t seen, std::size_t total) {
@@ -119,9 +118,8 @@ inline void check_beside_pinned(std::string_view where, CacheView cached,
         const PositionsView& position = cached.heads[i].position;
         std::size_t stay = 0;
         for (std::size_t j = 0; j < position.size(); ++j)
-            stay += std::any_of(pinned.begin(), pinned.end(), [at = position[j]](const PositionRange& range) {
-                return range.begin <= at && at < range.end;
-            });
+            stay += std::any_of(pinned.begin(), pinned.end(),
+                                [at = position[j]](const PositionRange& range) { return range.holds(at); });
         check<error::shape_error>(
             stay <= sizes[i] && coming <= sizes[i] - stay, where, "tokens", coming,
             text("at most the budget ", sizes[i], " less the ", stay, " pinned rows of a head"));

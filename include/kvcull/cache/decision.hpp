@@ -252,8 +252,7 @@ class Decision : public Terms<P, Rule> {
     void divide(Live<P>& live, Span span) {
         const std::size_t layer_of = span.first / shape.kv_heads;
         std::size_t pinned = 0;
-        for (const PositionRange& range : live.pinned)
-            pinned += static_cast<std::size_t>(range.end - range.begin);
+        for (const PositionRange& range : live.pinned) pinned += range.size();
         std::vector<std::size_t> sizes(span.count);
         rule.head_sizes(layer_of, candidates_, live.layer_sizes[layer_of], sizes);
         for (std::size_t& size : sizes)

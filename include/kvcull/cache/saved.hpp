@@ -217,7 +217,7 @@ class SavedTensors {
         bool apart = ends.size() % 2 == 0;
         for (const PositionRange& range : ascending) {
             apart = apart && range.begin >= free && range.begin < range.end;
-            total += apart ? static_cast<std::size_t>(range.end - range.begin) : 0;
+            total += apart ? range.size() : 0;
             free = range.end;
         }
         check<error::format_error>(apart, "load", "pinned", "ranges that overlap or end before they begin",

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstddef>
 #include <functional>
-#include <limits>
 #include <span>
 #include <vector>
 
@@ -90,11 +89,9 @@ inline CacheShape checked(CacheShape shape) {
                         "a positive number, or 0 for none");
     check<config_error>(shape.traits.empty() || shape.traits.size() == shape.layers, where, "traits.size()",
                         shape.traits.size(), text("layers = ", shape.layers, ", or 0"));
-    constexpr std::size_t most_rows = std::numeric_limits<index_t>::max();
     for (std::size_t layer = 0; layer < shape.traits.size(); ++layer)
-        check<config_error>(shape.traits[layer].window <= most_rows, where,
-                            text("traits[", layer, "].window"), shape.traits[layer].window,
-                            text("at most ", most_rows, ", or 0 for none"));
+        check<config_error>(shape.traits[layer].window <= max_rows, where, text("traits[", layer, "].window"),
+                            shape.traits[layer].window, text("at most ", max_rows, ", or 0 for none"));
     return shape;
 }
 

@@ -128,10 +128,10 @@ class Terms {
     void check_pins(std::span<const PositionRange> pinned, std::span<const std::size_t> sizes) const {
         check<error::config_error>(pinned.empty() || !reduction || reduction->block_rows == 1, "pin", "range",
                                    "given", "none: rows go in whole blocks");
-        position_t total = 0;
-        for (const PositionRange& range : pinned) total += range.end - range.begin;
+        std::size_t total = 0;
+        for (const PositionRange& range : pinned) total += range.size();
         for (const std::size_t size : sizes)
-            check<error::config_error>(static_cast<std::size_t>(total) <= size, "pin", "budget", size,
+            check<error::config_error>(total <= size, "pin", "budget", size,
                                        text("at least the pinned ", total));
     }
 

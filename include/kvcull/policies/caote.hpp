@@ -187,9 +187,9 @@ struct Caote {
             for (std::size_t j = 0; j < n; ++j)
                 if (left[j] > 0.0F && fixed[j] == 0 && (victim == n || goes_before(j, victim))) victim = j;
             left[victim] = 0.0F;
-            step.cached.v.widen(victim, {step.workspace->get(dim), dim});
-            for (std::size_t c = 0; c < dim; ++c)
-                poisoned = poisoned || !is_finite(step.workspace->data()[c]);
+            const std::span<float> value(step.workspace->get(dim), dim);
+            step.cached.v.widen(victim, value);
+            poisoned = poisoned || !all_finite(value);
             for (std::size_t g = 0; g < heads; ++g) scores[g][victim] = 0.0F;
             victims.push_back(static_cast<index_t>(victim));
         }

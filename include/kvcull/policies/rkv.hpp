@@ -157,8 +157,7 @@ struct RKV {
             for (std::size_t g = 0; g < step.group; ++g) {
                 const std::size_t row = g * step.tokens + i;
                 const std::span<const float> q = step.q[row];
-                if (!std::all_of(q.begin(), q.end(), [](const float& x) { return is_finite(x); }))
-                    return false;
+                if (!all_finite(q)) return false;
                 if (g == 0)
                     std::copy_n(step.logits[row].begin(), sums.size(), largest);
                 else
@@ -179,7 +178,7 @@ struct RKV {
         const float* const q = memory + scratch;
         state.queries.copy_to(0, rows, memory + scratch);
         std::fill(out.begin(), out.end(), 0.0F);
-        bool known = std::all_of(q, q + step.group * rows * dim, [](const float& x) { return is_finite(x); });
+        bool known = all_finite({q, step.group * rows * dim});
         float *const largest = memory, *const logits = memory + vote_tile * count;
         for (std::size_t first = 0; first < rows; first += vote_tile) {
             const std::size_t tokens = std::min(vote_tile, rows - first);

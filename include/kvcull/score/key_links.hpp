@@ -341,9 +341,7 @@ inline bool find_links(const simd::Kernels& kernels, const RowsView& keys, const
         const std::span<float> row(scratch, dim);
         keys.widen(j, row);
         const float norm = euclidean_norm(kernels, row);
-        if (!is_finite(norm) &&
-            !std::all_of(row.begin(), row.end(), [](const float& x) { return is_finite(x); }))
-            return false;
+        if (!is_finite(norm) && !all_finite(row)) return false;
         links.inverse[j] = 1.0F / (norm + detail::norm_epsilon);
     }
     if (open) detail::LinkSearch(kernels, keys, position, rule, links, scratch).run();

@@ -112,8 +112,7 @@ inline void removal_errors(const simd::Kernels& kernels, MatrixView<float> weigh
         return;
     }
     for (std::size_t g = 0; centre.squares.empty() && g < centre.points.rows; ++g)
-        for (const float& x : centre.points[g])
-            if (!is_finite(x)) return std::fill(out.begin(), out.end(), quiet_nan());
+        if (!all_finite(centre.points[g])) return std::fill(out.begin(), out.end(), quiet_nan());
     std::fill(out.begin(), out.end(), 0.0F);
     const auto add = [&](std::size_t j, float error) {
         out[j] += changes == Changes::norm ? error * error : error;
@@ -174,8 +173,8 @@ inline void removal_errors(const simd::Kernels& kernels, MatrixView<float> weigh
             collect(first, end - first, scratch, centre.plain ? 0 : detail::distance_rows);
         }
     }
-    if (changes == Changes::norm) return;
-    for (float& error : out) error /= static_cast<float>(group);
+    if (changes == Changes::mean)
+        for (float& error : out) error /= static_cast<float>(group);
 }
 
 /// Norm of an output's change when a whole set of rows is left out: exact, for diagnostics.

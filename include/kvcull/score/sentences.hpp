@@ -267,8 +267,7 @@ class SentenceTable {
         one.scored = true;
         const std::span<float> vector(vectors_.data() + j * dim_, dim_);
         for (float& x : vector) x /= static_cast<float>(one.count);
-        one.embedded = one.known && one.count >= rules.min_sentence_tokens &&
-                       std::all_of(vector.begin(), vector.end(), [](const float& x) { return is_finite(x); });
+        one.embedded = one.known && one.count >= rules.min_sentence_tokens && all_finite(vector);
         const float scale = one.embedded ? 1.0F / (euclidean_norm(kernels, vector) + 1e-8F) : 0.0F;
         for (float& x : vector) x = one.embedded ? x * scale : 0.0F;
     }

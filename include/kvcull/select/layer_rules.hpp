@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <numeric>
 #include <span>
 #include <string_view>
@@ -31,8 +30,7 @@ namespace detail {
 
 /// Rules multiply sizes, and no head has more rows than its numbers count. @throws config_error
 inline void check_mean(std::string_view rule, std::size_t mean) {
-    constexpr std::size_t most = std::numeric_limits<index_t>::max();
-    check<error::config_error>(mean <= most, rule, "budget", mean, text("at most ", most));
+    check<error::config_error>(mean <= max_rows, rule, "budget", mean, text("at most ", max_rows));
 }
 
 /// The places that rows compete for: `mean` less the rows that stay anyway. @throws config_error if none.

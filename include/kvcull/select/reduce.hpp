@@ -156,7 +156,7 @@ class Reducer {
         for (std::size_t j = 0; j < head.position.size(); ++j) {
             const position_t at = head.position[j];
             for (const PositionRange& range : pinned)
-                if (j >= next && at >= range.begin && at < range.end) {
+                if (j >= next && range.holds(at)) {
                     ++needed;
                     next = (j / how.block_rows + 1) * how.block_rows;
                 }

@@ -19,6 +19,11 @@ namespace kvcull::inline KVCULL_ABI {
 /// Positions `begin .. end - 1`.
 struct PositionRange {
     position_t begin = 0, end = 0;
+
+    [[nodiscard]] constexpr std::size_t size() const noexcept {
+        return static_cast<std::size_t>(end - begin);
+    }
+    [[nodiscard]] constexpr bool holds(position_t at) const noexcept { return begin <= at && at < end; }
 };
 
 /// One head's part of a selection.
@@ -62,7 +67,7 @@ class Selector {
         std::size_t count = 0;
         for (std::size_t j = n; j-- > 0 && count < room;)
             for (const PositionRange& range : pinned)
-                if (fixed[j] == 0 && positions_[j] >= range.begin && positions_[j] < range.end) {
+                if (fixed[j] == 0 && range.holds(positions_[j])) {
                     fixed[j] = 1;
                     ++count;
                 }
