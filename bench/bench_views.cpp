@@ -50,7 +50,7 @@ void columns(benchmark::State& state, DType dtype, const std::vector<T>& rows) {
         const MatrixView<float> w(weights.data(), group, n), o(out.data(), group, dim);
         const Stopwatch watch;
         detail::weighted_mean(kernels, w, v, o);
-        removal_errors(kernels, w, v, {.points = o}, Changes::norm, error, scratch.data());
+        removal_errors(kernels, "bench", w, w, v, {.points = o}, Changes::norm, error, scratch.data());
         benchmark::ClobberMemory();
         return watch.elapsed();
     };

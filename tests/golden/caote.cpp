@@ -51,10 +51,11 @@ std::vector<float> distribution_of(const Cache& cache, const PerHeadAttention& b
     const HeadView held = cache.view(0, head);
     const std::size_t n = held.rows(), group = cache.shape().group();
     std::vector<float> numbers(group * n), all;
+    const MatrixView<float> shares(numbers.data(), group, n);
     with_head_step(cache, head, [&](const HeadStep& step) {
-        base.distribution(cache.evictor().state(0, head).base, step, {numbers.data(), group, n});
+        detail::normalise(simd::kernels(), "golden",
+                          base.distribution(cache.evictor().state(0, head).base, step, shares), shares);
     });
-    detail::normalise(simd::kernels(), "golden", {numbers.data(), group, n});
     for (std::size_t g = 0; g < group; ++g)
         append(all, sorted_by_position(held, std::span(numbers).subspan(g * n, n)));
     return all;
@@ -81,7 +82,8 @@ void check_weights(GoldenFile& file) {
     for_each_isa(file, [&](const simd::Kernels& kernels) {
         std::vector<float> weights = base.values, exact(heads * n), fast(heads * n),
                            scratch(removal_scratch(1, dim));
-        detail::normalise(kernels, "golden", {weights.data(), heads, n});
+        const MatrixView<float> shares(weights.data(), heads, n);
+        detail::normalise(kernels, "golden", shares, shares);
         file.expect("out.distribution", {heads, n}, weights, every);
         const std::vector<float> uniform(n, 1.0F / static_cast<float>(n));
         for (std::size_t h = 0; h < heads; ++h) {
@@ -91,7 +93,8 @@ void check_weights(GoldenFile& file) {
                                        weights.begin() + static_cast<std::ptrdiff_t>((h + 1) * n)),
                     point(dim);
                 detail::weighted_mean(kernels, {mean_weights, 1, n}, values, {point.data(), 1, dim});
-                removal_errors(kernels, {one.data(), 1, n}, values,
+                const MatrixView<float> row(one.data(), 1, n);
+                removal_errors(kernels, "golden", row, row, values,
                                {.points = {point.data(), 1, dim}, .plain = plain}, Changes::norm, out,
                                scratch.data());
             };

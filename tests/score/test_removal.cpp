@@ -28,6 +28,10 @@ struct Case {
         return std::span(weights).subspan(g * n, n);
     }
 };
+void normalise(MatrixView<float> weights) {
+    detail::normalise(simd::kernels(), "test", weights, weights);
+}
+
 enum class Kind { ordinary, peaked, nearly_one, some_zeros, uniform };
 
 Case make(Kind kind, std::size_t group, std::size_t n, std::size_t dim, std::uint64_t seed) {
@@ -41,7 +45,7 @@ Case make(Kind kind, std::size_t group, std::size_t n, std::size_t dim, std::uin
         if (kind == Kind::some_zeros) x = x < 0.5F && i % n > 1 ? 0.0F : std::abs(x);
         if (kind == Kind::uniform) x = 1.0F;
     }
-    detail::normalise(simd::kernels(), "test", {one.weights.data(), group, n});
+    normalise({one.weights.data(), group, n});
     return one;
 }
 
@@ -89,17 +93,27 @@ std::vector<double> changes_of(const Case& one, bool fast) {
     return changes;
 }
 
+enum class Known { nothing, distances, norms };
+
 /// What the library says, with the centre computed by it too.
 std::vector<float> errors_of(const simd::Kernels& kernels, const Case& one, const RowsView& rows,
-                             Changes changes, bool fast, bool known_distances = false) {
+                             Changes changes, bool fast, Known known = Known::nothing) {
     const std::size_t group = one.group, n = one.n, dim = one.dim;
-    std::vector<float> weights = one.weights, points(group * dim), out(n, 42.0F), squares(n),
+    std::vector<float> weights = one.weights, points(group * dim), out(n, 42.0F), squares(n), norms(n),
                        scratch(removal_scratch(group, dim) + 1, 77.0F);
     Centre centre{.points = {points.data(), fast ? 1 : group, dim}, .plain = fast};
     std::vector<float> uniform(n, 1.0F / static_cast<float>(n));
     detail::weighted_mean(kernels, {fast ? uniform.data() : weights.data(), fast ? 1 : group, n}, rows,
                           {points.data(), fast ? 1 : group, dim});
-    if (known_distances) {
+    if (known == Known::norms) {
+        std::vector<float> value(dim);
+        for (std::size_t j = 0; j < n; ++j) {
+            rows.widen(j, value);
+            norms[j] = detail::square_of(kernels, value);
+        }
+        centre.norms = norms;
+    }
+    if (known == Known::distances) {
         for (std::size_t j = 0; j < n; ++j) {
             RowsView::Run run = rows.run_at(j);
             run.rows = 1;
@@ -108,7 +122,8 @@ std::vector<float> errors_of(const simd::Kernels& kernels, const Case& one, cons
         centre.squares = squares;
         centre.points.data = points.data();
     }
-    removal_errors(kernels, {weights.data(), group, n}, rows, centre, changes, out, scratch.data());
+    const MatrixView<float> in_place(weights.data(), group, n);
+    removal_errors(kernels, "test", in_place, in_place, rows, centre, changes, out, scratch.data());
     CHECK(scratch.back() == 77.0F);
     return out;
 }
@@ -145,7 +160,7 @@ TEST_CASE("removal errors are what deleting each row changes, for every kind of 
                 const simd::Kernels& kernels = simd::kernels_for(isa);
                 CAPTURE(simd::name_of(isa), static_cast<int>(kind), group, dim, n, fast);
                 const auto got = errors_of(kernels, one, one.rows(), Changes::norm, fast);
-                const auto means = errors_of(kernels, one, one.rows(), Changes::mean, fast);
+                const auto means = errors_of(kernels, one, one.rows(), Changes::mean, fast, Known::norms);
                 // A row of one number may lie as near to the output as rounding.
                 const double absolute = dim == 1 ? 1e-7 : 1e-16;
                 bool good = true;
@@ -193,7 +208,8 @@ TEST_CASE("weights whose squares no float holds have their errors all the same",
         const RowsView rows(v.data(), n, dim, dim);
         detail::weighted_mean(simd::kernels(), {weights.data(), group, n}, rows, {points.data(), group, dim});
         std::vector<float> out(n);
-        removal_errors(simd::kernels(), {weights.data(), group, n}, rows,
+        const MatrixView<float> in_place(weights.data(), group, n);
+        removal_errors(simd::kernels(), "test", in_place, in_place, rows,
                        {.points = {points.data(), group, dim}}, changes, out, scratch.data());
         for (std::size_t j = 0; j + 2 < n; ++j) {
             double square = 0;
@@ -214,7 +230,8 @@ TEST_CASE("a value that is not finite leaves no row a price", "[contract]") {
         v[7 * 3] = bad;
         const RowsView rows(v.data(), 8, 3, 3);
         detail::weighted_mean(simd::kernels(), {weights.data(), 1, 8}, rows, {point.data(), 1, 3});
-        removal_errors(simd::kernels(), {weights.data(), 1, 8}, rows, {.points = {point.data(), 1, 3}},
+        const MatrixView<float> in_place(weights.data(), 1, 8);
+        removal_errors(simd::kernels(), "test", in_place, in_place, rows, {.points = {point.data(), 1, 3}},
                        Changes::norm, out, scratch.data());
         for (const float& error : out) CHECK(is_nan(error));
     }
@@ -269,8 +286,24 @@ TEST_CASE("16-bit and paged rows give the bits of their floats, known distances 
             CHECK(same_bits(errors_of(kernels, one, paged, Changes::norm, fast), want));
         }
         for (const Changes changes : {Changes::norm, Changes::mean})
-            CHECK(same_bits(errors_of(kernels, one, one.rows(), changes, true, true),
+            CHECK(same_bits(errors_of(kernels, one, one.rows(), changes, true, Known::distances),
                             errors_of(kernels, one, one.rows(), changes, true)));
+    }
+}
+
+TEST_CASE("known norms change no error by more than rounding, also of values far from the origin",
+          "[differential]") {
+    const simd::Kernels& kernels = simd::kernels_for(GENERATE(from_range(available_isas())));
+    for (const float offset : {0.0F, 1.0F, 30.0F, 3000.0F}) {
+        Case one = make(Kind::ordinary, 4, 600, 80, 7);
+        for (std::size_t i = one.dim * one.n / 2; i < one.v.size(); ++i) one.v[i] += offset;  // some blocks
+        const auto by_products = errors_of(kernels, one, one.rows(), Changes::norm, false, Known::norms);
+        CAPTURE(simd::name_of(kernels.isa), offset);
+        const auto by_differences = errors_of(kernels, one, one.rows(), Changes::norm, false);
+        CHECK(near(by_products, by_differences, 1.0, 0.0));
+        for (float& x : one.v) x += offset;
+        CHECK(near(errors_of(kernels, one, one.rows(), Changes::norm, false, Known::norms),
+                   errors_of(kernels, one, one.rows(), Changes::norm, false), 1.0, 0.0));
     }
 }
 
@@ -317,7 +350,7 @@ TEST_CASE("sets that are none are refused", "[contract]") {
 
 TEST_CASE("weights are made to sum to 1: NaN counts as nothing, nothing at all is uniform", "[property]") {
     const auto normalised = [](std::vector<float> row) {
-        detail::normalise(simd::kernels(), "test", {row.data(), 1, row.size()});
+        normalise({row.data(), 1, row.size()});
         return row;
     };
     CHECK(same_bits(normalised({1, 2, 1}), {{0.25F, 0.5F, 0.25F}}));
@@ -338,13 +371,11 @@ TEST_CASE("weights are made to sum to 1: NaN counts as nothing, nothing at all i
     for (const float& share : normalised(std::vector<float>(100, 3e38F))) CHECK(close(share, 0.01, 1e-6, 0));
 
     std::vector<float> two{1, 2, 1, -3};
-    const std::string message = failure<error::state_error>([&] {
-        detail::normalise(simd::kernels(), "test", {two.data(), 2, 2});
-    });
+    const std::string message = failure<error::state_error>([&] { normalise({two.data(), 2, 2}); });
     CHECK(message == "test: base score is -3.000000, want not negative");
     for (std::size_t at = 0; at < 21; ++at) {  // in every lane and in the tail
         std::vector<float> row(21, 1.0F);
         row[at] = -1e-30F;
-        CHECK_THROWS_AS(detail::normalise(simd::kernels(), "test", {row.data(), 1, 21}), error::state_error);
+        CHECK_THROWS_AS(normalise({row.data(), 1, 21}), error::state_error);
     }
 }

@@ -460,6 +460,8 @@ TEST_CASE("no kernel touches the page behind its last element", "[property]") {
         kernels.maximum(row, q.data(), dim);
         kernels.add_squares(q_copy.data(), f32, dim, f32, dim, f32, dim, rows, dim);
         kernels.add_squares(row, q.data(), dim, nullptr, 0, q.data(), 0, group, dim);
+        (void)kernels.expand_squares(row, row, row, 1.0F, dim);
+        kernels.odds(row, row, dim, 0.5F);
         float lse = 0;
         kernels.softmax(row, dim, &lse);
         std::fill_n(f16, rows * dim, float16{0x3800});
@@ -737,6 +739,71 @@ TEST_CASE("a weight of zero adds nothing, whatever its factors are; a tiny one a
     }
 }
 
+TEST_CASE("squares are expanded from products, and those whose terms cancel are marked", "[differential]") {
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t n : lengths) {
+        for (const bool stretched : {false, true}) {
+            // Products of every size that the norms allow, and every fifth such that the square is 0.
+            const float own = 2.5F;
+            std::vector<float> norm = random_floats(n, 36), z = random_floats(n, 37);
+            std::vector<float> x = random_floats(n + 1, 38);
+            for (std::size_t j = 0; j < n; ++j) {
+                norm[j] = 0.01F + norm[j] * norm[j];
+                x[j] = std::sin(9.0F * x[j]) * std::sqrt(norm[j] * own);
+                if (j % 5 != 2) continue;
+                norm[j] = own;
+                z[j] = -0.5F;
+                x[j] = stretched ? -own : own;
+            }
+            const std::vector<float> before = x;
+            const bool all =
+                kernels.expand_squares(x.data(), norm.data(), stretched ? z.data() : nullptr, own, n);
+            CAPTURE(simd::name_of(kernels.isa), n, stretched);
+            bool good = same_bits(x[n], before[n]), none = true;
+            for (std::size_t j = 0; j < n; ++j) {
+                const double b = stretched ? static_cast<double>(z[j]) : 1.0, a = stretched ? 1.0 + b : 1.0;
+                const double terms = a * a * static_cast<double>(norm[j]) + b * b * static_cast<double>(own);
+                const double square = terms - 2.0 * a * b * static_cast<double>(before[j]);
+                const bool marked = same_bits(x[j], -1.0F);
+                none = none && !marked;
+                good = good && (marked ? square < terms * (1.0 / 32 + 1e-5)
+                                       : square > terms * (1.0 / 32 - 1e-5) &&
+                                             close(x[j], square, 0, 8 * epsilon * terms));
+            }
+            CHECK(good);
+            CHECK(all == none);
+            CHECK((n < 3 || !none));
+        }
+    }
+}
+
+TEST_CASE("a square of terms that are not finite is marked and harms no other", "[property]") {
+    const Kernels& kernels = any_kernels();
+    const float infinity = std::bit_cast<float>(0x7F800000U);
+    for (const std::size_t n : {1U, 7U, 8U, 9U, 15U, 16U, 17U, 33U}) {
+        for (std::size_t at = 0; at < n; ++at) {
+            for (const float& bad : {quiet_nan(), infinity, -infinity, 3e38F}) {
+                std::vector<float> x(n, 0.5F), norm(n, 2.0F), z(n, 3.0F), wanted = x;
+                REQUIRE(kernels.expand_squares(wanted.data(), norm.data(), z.data(), 1.0F, n));
+                for (std::vector<float>* const row : {&x, &norm, &z}) {
+                    if (row != &z && same_bits(bad, -infinity)) continue;  // no norm; no sign of cancelling
+                    std::vector<float> got(n, 0.5F);
+                    if (row == &x) got[at] = bad;
+                    const float was = (*row)[at];
+                    (*row)[at] = bad;
+                    const bool all = kernels.expand_squares(got.data(), norm.data(), z.data(), 1.0F, n);
+                    (*row)[at] = was;
+                    CAPTURE(simd::name_of(kernels.isa), n, at);
+                    REQUIRE_FALSE(all);
+                    REQUIRE(same_bits(got[at], -1.0F));
+                    got[at] = wanted[at];
+                    REQUIRE(same_bits(got, wanted));
+                }
+            }
+        }
+    }
+}
+
 TEST_CASE("maximum ignores a NaN that comes in", "[property]") {
     const Kernels& kernels = any_kernels();
     for (const std::size_t n : {1U, 7U, 8U, 9U, 16U}) {
@@ -939,7 +1006,7 @@ TEST_CASE("odds and square roots change every entry and nothing behind the last"
         for (std::size_t j = 0; j <= n; ++j) x[j] = roots[j] = static_cast<float>(j) / 1024.0F;
         if (n > 1) roots[0] = positive_infinity();
         const std::vector<float> before = x;
-        kernels.odds(x.data(), n, 0.5F);
+        kernels.odds(x.data(), x.data(), n, 0.5F);
         kernels.square_roots(roots.data(), n);
         CAPTURE(simd::name_of(kernels.isa), n);
         bool good = same_bits(x[n], before[n]) && same_bits(roots[n], n > 1 ? before[n] : roots[n]);

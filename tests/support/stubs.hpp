@@ -268,9 +268,11 @@ struct LastRowLike {
             for (std::size_t g = 0; g < step.group; ++g)
                 (&state.weight[j])[g] = step.attention[(g + 1) * step.tokens - 1][j];
     }
-    static void distribution(const State& state, const HeadStep& step, MatrixView<float> out) {
-        for (std::size_t g = 0; g < out.rows; ++g)
-            for (std::size_t j = 0; j < step.n(); ++j) out[g][j] = (&state.weight[j])[g];
+    static MatrixView<const float> distribution(const State& state, const HeadStep& step,
+                                                MatrixView<float> spare) {
+        for (std::size_t g = 0; g < spare.rows; ++g)
+            for (std::size_t j = 0; j < step.n(); ++j) spare[g][j] = (&state.weight[j])[g];
+        return spare;
     }
     static void score(const State& state, const HeadStep& step, std::span<float> out) {
         for (std::size_t j = 0; j < out.size(); ++j)
@@ -294,9 +296,8 @@ struct CaoteLike {
     void score(const State& state, const HeadStep& step, std::span<float> out) const {
         const std::size_t n = step.n(), dim = step.cached.v.dim();
         float* const memory = step.workspace->get(step.group * n + dim);
-        const MatrixView<float> weights(memory, step.group, n);
         const std::span<float> value(memory + step.group * n, dim);
-        inner.distribution(state, step, weights);
+        const MatrixView<const float> weights = inner.distribution(state, step, {memory, step.group, n});
         for (std::size_t j = 0; j < n; ++j) {
             step.cached.v.widen(j, value);
             double norm = 0.0, error = 0.0;

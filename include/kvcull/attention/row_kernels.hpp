@@ -18,11 +18,12 @@ inline constexpr std::size_t piece_bytes = 8192;
     return std::max<std::size_t>(piece_bytes / std::max<std::size_t>(row_bytes, 1) / 8 * 8, 8);
 }
 /// Calls `visit(Run, next)` for pieces of about 8 KiB that cover rows `begin .. end - 1`, in order; `next` is
-/// where the piece after it starts, nullptr at the end. A kernel that fetches `next` while it computes keeps
+/// where the piece after it starts, `after` at the end. A kernel that fetches `next` while it computes keeps
 /// memory busy; the hardware's own prefetch stops at every block and is too timid when several queries share
 /// a row.
 template <class Visit>
-void for_each_piece(const RowsView& rows, std::size_t begin, std::size_t end, const Visit& visit) {
+void for_each_piece(const RowsView& rows, std::size_t begin, std::size_t end, const Visit& visit,
+                    const std::byte* after = nullptr) {
     const std::size_t piece_rows = rows.are_columns()
                                        ? std::max<std::size_t>(column_bytes / rows.row_bytes(), 1)
                                        : rows_per_piece(rows.stride() * size_of(rows.dtype()));
@@ -33,13 +34,13 @@ void for_each_piece(const RowsView& rows, std::size_t begin, std::size_t end, co
     };
     if (begin >= end) return;
     RowsView::Run piece = piece_at(begin);
-    for (std::size_t after = begin + piece.rows; after < end;) {
-        const RowsView::Run following = piece_at(after);
+    for (std::size_t next = begin + piece.rows; next < end;) {
+        const RowsView::Run following = piece_at(next);
         visit(piece, following.data);
         piece = following;
-        after += piece.rows;
+        next += piece.rows;
     }
-    visit(piece, nullptr);
+    visit(piece, after);
 }
 
 /// out[g * out_stride + j] = scale * (q_g . row j of the run), g < group.
@@ -94,10 +95,6 @@ inline void weighted_sum(const simd::Kernels& kernels, const float* w, std::size
         });
 }
 
-/// Rows whose distances are taken before anybody looks at them: enough to pay for the calls, few enough for
-/// the rows to stay in second-level cache while more query rows go over them.
-inline constexpr std::size_t distance_rows = 256;
-
 /// out[g * out_stride + j] = |row j of the run - o_g|^2, or |row j + z[g * z_stride + j] (row j - o_g)|^2.
 inline void distances(const simd::Kernels& kernels, const float* o, std::size_t o_stride, std::size_t group,
                       const RowsView& rows, const RowsView::Run& run, const float* z, std::size_t z_stride,
@@ -123,17 +120,6 @@ inline void distances(const simd::Kernels& kernels, const float* o, std::size_t 
                     return run_on(kernels.distances_int4, reinterpret_cast<const int4_group*>(data));
             }
         });
-}
-
-/// The same for rows `begin .. end - 1`, at most `distance_rows` of them: out[g * distance_rows + j - begin],
-/// z[g * distance_rows + j - begin].
-inline void distances(const simd::Kernels& kernels, const float* o, std::size_t o_stride, std::size_t group,
-                      const RowsView& rows, std::size_t begin, std::size_t end, const float* z, float* out) {
-    for_each_piece(rows, begin, end, [&](const RowsView::Run& piece, const std::byte* next) {
-        const std::size_t at = piece.first - begin;
-        distances(kernels, o, o_stride, group, rows, piece, z == nullptr ? nullptr : z + at, distance_rows,
-                  out + at, distance_rows, next);
-    });
 }
 
 }  // namespace kvcull::inline KVCULL_ABI::detail

@@ -24,7 +24,7 @@ concept CaoteBase = Policy<P> && NonNegative<P> && !decides_late<P> && !SideInpu
 
 /// CAOTE over any base policy with scores that are not negative. `fast`: measured from the plain mean of the
 /// values (FastCAOTE), which is known before the step, so that the distances are taken while attention reads
-/// the values. State: the base's; `fast` 4 bytes per token and 8 per channel more. Cost at an eviction:
+/// the values. State: the base's and 4 bytes per token, `fast` 8 per channel more. Cost at an eviction:
 /// O(G n d), one pass over V if the base knows its outputs, else two; `fast`: none beside attention.
 template <CaoteBase Base = PerHeadAttention>
 struct Caote {
@@ -39,10 +39,11 @@ struct Caote {
     }
     struct State {
         typename Base::State base;
-        RowPlanes<float> squares;  // `fast`: squared distances from the mean, of the newest step that evicts
-        RunningSum values;         // `fast`: [value_dim]
-        std::vector<float> mean;   // of this call's values, while attention reads them
-        ReadAlong read;            // whether `squares` is true
+        // Squared norms; `fast`: squared distances from the mean, of the newest step that evicts.
+        RowPlanes<float> squares;
+        RunningSum values;        // `fast`: [value_dim]
+        std::vector<float> mean;  // of this call's values, while attention reads them
+        ReadAlong read;           // whether `squares` is true
 
         [[nodiscard]] auto arrays() noexcept { return std::tuple_cat(base.arrays(), std::tie(squares)); }
         [[nodiscard]] auto rest() noexcept {
@@ -106,7 +107,9 @@ struct Caote {
         state.read.read(piece, step.n());
     }
     void observe(State& state, const HeadStep& step) const {
-        if (fast && step.phase != Phase::probe && step.first_tile && state.read.missed()) enter(state, step);
+        const bool brings_rows = step.phase != Phase::probe && step.first_tile;
+        if (brings_rows && !fast) take_norms(state, step);
+        if (brings_rows && fast && state.read.missed()) enter(state, step);
         base.observe(state.base, step);
     }
     void score(const State& state, const HeadStep& step, std::span<float> out) const {
@@ -114,21 +117,25 @@ struct Caote {
         float* memory = step.wrapper_workspace->get(wrapper_workspace(n, step.group, dim));
         const MatrixView<float> weights(memory, heads, n);
         const MatrixView<float> points(memory += heads * n, heads, dim);
-        Centre centre{.points = points};
+        Centre centre = around(state, points);
         bool known = fast;
         if (fast) centre = mean_of_all(state, step, points[0], weights[0]);
-        write_scores(state, step, weights);
+        MatrixView<const float> scores = scores_of(state, step, weights);
         if constexpr (requires { base.weighted_values(state.base, step, points); }) {
             if (!fast && reduction() != Gqa::pre) known = base.weighted_values(state.base, step, points);
             for (std::size_t g = 0; !fast && known && g < heads; ++g) {
-                const double sum = detail::Summary(*step.kernels, weights[g]).sum;
+                const double sum = detail::Summary(*step.kernels, scores[g]).sum;
                 known = sum > 0.0;
                 for (float& x : points[g]) x = static_cast<float>(static_cast<double>(x) / sum);
             }
         }
-        detail::normalise(*step.kernels, name, weights);
-        if (!known) detail::weighted_mean(*step.kernels, weights, step.cached.v, points);
-        removal_errors(*step.kernels, weights, step.cached.v, centre, changes(), out, memory + heads * dim);
+        if (!known) {
+            detail::normalise(*step.kernels, name, scores, weights);
+            scores = weights;
+            detail::weighted_mean(*step.kernels, weights, step.cached.v, points);
+        }
+        removal_errors(*step.kernels, name, scores, weights, step.cached.v, centre, changes(), out,
+                       memory + heads * dim);
     }
     [[nodiscard]] constexpr bool selects() const { return order == Order::greedy; }
     void select(const State& state, const HeadStep& step, std::span<const std::uint8_t> fixed,
@@ -155,7 +162,10 @@ struct Caote {
         const std::span<float> error(memory += heads * dim, n), left(memory += n, n);
         memory += n;
         std::fill(left.begin(), left.end(), 1.0F);
-        write_scores(state, step, scores);
+        const MatrixView<const float> given = scores_of(state, step, scores);
+        for (std::size_t g = 0; g < heads; ++g)
+            if (given[g].data() != scores[g].data())
+                std::copy(given[g].begin(), given[g].end(), scores[g].begin());
         bool poisoned = false;  // a victim's value is not finite: no weight takes it out of a sum
         const auto take_means = [&](MatrixView<const float> of) {
             if (!poisoned) return detail::weighted_mean(*step.kernels, of, step.cached.v, points);
@@ -168,16 +178,17 @@ struct Caote {
         for (victims.clear(); victims.size() < count;) {
             if (fast) {
                 std::copy(left.begin(), left.end(), weights[0].begin());
-                detail::normalise(*step.kernels, name, {weights.data, 1, n});
-                take_means({weights.data, 1, n});
+                const MatrixView<float> uniform(weights.data, 1, n);
+                detail::normalise(*step.kernels, name, uniform, uniform);
+                take_means(uniform);
             }
             for (std::size_t g = 0; g < heads; ++g) {
                 const bool some = detail::Summary(*step.kernels, scores[g]).most > 0.0F;
                 std::copy_n(some ? scores[g].data() : left.data(), n, weights[g].data());
             }
-            detail::normalise(*step.kernels, name, weights);
+            detail::normalise(*step.kernels, name, weights, weights);
             if (!fast) take_means(weights);
-            removal_errors(*step.kernels, weights, step.cached.v, {.points = points, .plain = fast},
+            removal_errors(*step.kernels, name, weights, weights, step.cached.v, around(state, points),
                            changes(), error, memory);
             const auto goes_before = [&](std::size_t a, std::size_t b) {
                 const std::uint32_t first = score_order(error[a]), second = score_order(error[b]);
@@ -213,11 +224,27 @@ struct Caote {
     [[nodiscard]] constexpr std::size_t scored_heads(const HeadStep& step) const {
         return reduction() == Gqa::pre ? 1 : step.group;
     }
-    /// Scores of the base, [1, n] or [group, n].
-    void write_scores(const State& state, const HeadStep& step, MatrixView<float> out) const {
+    /// Scores of the base, [1, n] or [group, n], its state's own or in `spare`.
+    [[nodiscard]] MatrixView<const float> scores_of(const State& state, const HeadStep& step,
+                                                    MatrixView<float> spare) const {
         if constexpr (PerQueryHead<Base>)
-            if (reduction() != Gqa::pre) return base.distribution(state.base, step, out);
-        base.score(state.base, step, out[0]);
+            if (reduction() != Gqa::pre) return base.distribution(state.base, step, spare);
+        base.score(state.base, step, spare[0]);
+        return spare;
+    }
+    /// Distances are to be taken from points.
+    [[nodiscard]] Centre around(const State& state, MatrixView<const float> points) const {
+        Centre centre{.points = points, .plain = fast};
+        if (!fast && state.squares.planes() > 0) centre.norms = state.squares[0];
+        return centre;
+    }
+    static void take_norms(State& state, const HeadStep& step) {
+        const bool anew = state.squares.planes() == 0;
+        if (anew) state.squares.set_planes(1, step.n());
+        for_each_row(step.cached.v, anew ? 0 : step.n() - step.added, *step.workspace,
+                     [&](std::size_t j, std::span<const float> value) {
+                         state.squares[0][j] = detail::square_of(*step.kernels, value);
+                     });
     }
     /// The call's values join the sum, if it is true for the rows before them.
     void enter(State& state, const HeadStep& step) const {

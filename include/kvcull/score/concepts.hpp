@@ -324,11 +324,12 @@ concept Selects = requires(const P policy, const typename P::State& state, const
 /// Has scores that are never negative, so that they can stand for attention weights.
 template <class P>
 concept NonNegative = P::nonnegative;
-/// Gives a non-negative score per query head, before any reduction: `out[group, n]`.
+/// Gives a non-negative score per query head, before any reduction: [group, n], which may be its state's own
+/// or lie in `spare`.
 template <class P>
 concept PerQueryHead = NonNegative<P> &&
-    requires(const P policy, const typename P::State& state, const HeadStep& step, MatrixView<float> out) {
-    policy.distribution(state, step, out);
+    requires(const P policy, const typename P::State& state, const HeadStep& step, MatrixView<float> spare) {
+    { policy.distribution(state, step, spare) } -> std::same_as<MatrixView<const float>>;
 };
 /// Takes part in the pass over the keys or the values that the attention of one token makes: gets every piece
 /// of them once, in order, right after attention has read it, while it is still in cache; `observe` follows.

@@ -155,17 +155,17 @@ struct PerHeadAttention {
         }
         if (pools()) pool_candidates(smoother(), smoothing(), step, out);
     }
-    void distribution(const State& state, const HeadStep& step, MatrixView<float> out) const {
-        const bool held = state.newest.held();
-        if (held) state.newest.attend_to(step, out);
-        for (std::size_t g = 0; g < out.rows; ++g) {
-            if (state.mass.planes() == 0) {  // nothing was observed yet
-                std::fill(out[g].begin(), out[g].end(), 0.0F);
-                continue;
-            }
-            if (!held) std::copy(state.mass[g].begin(), state.mass[g].end(), out[g].begin());
-            if (pools()) pool_candidates(smoother(), smoothing(), step, out[g]);
+    [[nodiscard]] MatrixView<const float> distribution(const State& state, const HeadStep& step,
+                                                       MatrixView<float> spare) const {
+        const bool observed = state.mass.planes() > 0, held = state.newest.held();
+        if (observed && !held && !pools()) return state.mass.view();
+        if (held) state.newest.attend_to(step, spare);
+        for (std::size_t g = 0; g < spare.rows; ++g) {
+            if (!observed) std::fill(spare[g].begin(), spare[g].end(), 0.0F);
+            if (observed && !held) std::copy(state.mass[g].begin(), state.mass[g].end(), spare[g].begin());
+            if (observed && pools()) pool_candidates(smoother(), smoothing(), step, spare[g]);
         }
+        return spare;
     }
     /// out[group, value_dim] = sum of distribution * value, if that is known without reading the values.
     [[nodiscard]] bool weighted_values(const State& state, const HeadStep& step,

@@ -15,6 +15,7 @@
 #include "../attention/row_kernels.hpp"
 #include "../base/error.hpp"
 #include "../views.hpp"
+#include "squared_distances.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
 
@@ -32,35 +33,51 @@ struct Summary {
     }
 };
 
-/// Checks that no weight of `row` is negative, takes NaN for 0 and a row without any weight for a uniform
-/// one. @returns the factor that makes its sum 1. @throws state_error for a negative weight.
-inline float prepare(const simd::Kernels& kernels, std::string_view where, std::span<float> row) {
-    Summary all(kernels, row);
-    if (std::bit_cast<std::uint64_t>(all.sum) << 1U > std::uint64_t{0x7FF} << 53U) {  // NaN
-        for (float& weight : row)
-            if (is_nan(weight)) weight = 0.0F;
-        all = Summary(kernels, row);
-    }
-    check<error::state_error>(all.least >= 0.0F, where, "base score", all.least, "not negative");
-    if (all.most > 1e30F) {  // some of them would sum to more than a float holds
-        for (float& weight : row) weight *= 0x1p-64F;
-        all = Summary(kernels, row);
-    }
-    if (!(all.sum > 0.0)) {
-        std::fill(row.begin(), row.end(), 1.0F);
-        all.sum = static_cast<double>(row.size());
-    } else if (all.sum < 1e-30) {  // the factor would leave float's range
-        for (float& weight : row) weight = static_cast<float>(static_cast<double>(weight) / all.sum);
-        all.sum = 1.0;
-    }
-    return static_cast<float>(1.0 / all.sum);
-}
+/// A row of scores whose shares of its sum are weights.
+struct Shares {
+    const float* row;
+    float factor;  // makes its sum 1
+    float most;    // of the weights
 
-/// Makes every row of `weights` [G, n] sum to 1, see `prepare`.
-inline void normalise(const simd::Kernels& kernels, std::string_view where, MatrixView<float> weights) {
+    /// Takes NaN for 0, and a row without any weight for a uniform one. @param spare  [n], where such a row
+    /// is put; may be the row itself. @throws state_error for a negative score.
+    Shares(const simd::Kernels& kernels, std::string_view where, std::span<const float> scores,
+           std::span<float> spare) {
+        Summary all(kernels, scores);
+        const bool nan = std::bit_cast<std::uint64_t>(all.sum) << 1U > std::uint64_t{0x7FF} << 53U;
+        constexpr float many = 1e30F;  // some of them would sum to more than a float holds
+        constexpr double few = 1e-30;  // the factor would leave float's range
+        const bool usual = !nan && all.most <= many && all.sum >= few;
+        row = usual ? scores.data() : spare.data();
+        if (!usual && scores.data() != row) std::copy(scores.begin(), scores.end(), spare.begin());
+        if (nan) {
+            for (float& weight : spare)
+                if (is_nan(weight)) weight = 0.0F;
+            all = Summary(kernels, spare);
+        }
+        check<error::state_error>(all.least >= 0.0F, where, "base score", all.least, "not negative");
+        if (all.most > many) {
+            for (float& weight : spare) weight *= 0x1p-64F;
+            all = Summary(kernels, spare);
+        }
+        if (!(all.sum > 0.0)) {
+            std::fill(spare.begin(), spare.end(), 1.0F);
+            all = Summary(kernels, spare);
+        } else if (all.sum < few) {
+            for (float& weight : spare) weight = static_cast<float>(static_cast<double>(weight) / all.sum);
+            all = Summary(kernels, spare);
+        }
+        factor = static_cast<float>(1.0 / all.sum);
+        most = factor * all.most;
+    }
+};
+
+/// The shares of every row of `scores` [G, n], which `weights` may be.
+inline void normalise(const simd::Kernels& kernels, std::string_view where, MatrixView<const float> scores,
+                      MatrixView<float> weights) {
     for (std::size_t g = 0; g < weights.rows; ++g) {
-        const float factor = prepare(kernels, where, weights[g]);
-        for (float& weight : weights[g]) weight *= factor;
+        const Shares shares(kernels, where, scores[g], weights[g]);
+        for (std::size_t j = 0; j < weights.cols; ++j) weights[g][j] = shares.row[j] * shares.factor;
     }
 }
 
@@ -90,21 +107,25 @@ inline void weighted_mean(const simd::Kernels& kernels, MatrixView<const float> 
 struct Centre {
     MatrixView<const float> points = {};  ///< [G, d]: the outputs under the weights; `plain`: [1, d]
     std::span<const float> squares = {};  ///< [n] or empty; `plain`: |v_j - point|^2, so V is not read
+    std::span<const float> norms = {};    ///< [n] or empty: |v_j|^2, which halve the arithmetic
     bool plain = false;                   ///< one point for all, the plain mean of the values (FastCAOTE)
 };
 
 /// Floats of scratch that `removal_errors` takes.
 [[nodiscard]] constexpr std::size_t removal_scratch(std::size_t group, std::size_t dim) noexcept {
-    return group * detail::distance_rows + dim;
+    return std::max(dim, group * (2 * detail::distance_rows + 1));
 }
 
 /// Change of a group's outputs when one row is left out; out[n], [0] = +Inf if it is the only row.
 /// A row that holds more than half of a weight is measured against the mean of the *other* rows, because
 /// 1 - a_j and v_j - o vanish together; if the others weigh nothing, it gets +Inf. A centre that is not
 /// finite makes all of them NaN.
-/// @param weights [G, n], rows that sum to 1; overwritten. @param scratch `removal_scratch(G, d)` floats.
+/// @param scores [G, n], whose shares of a row's sum are the weights, see `Shares`. @param weights [G, n],
+/// overwritten; may be the scores. @param scratch `removal_scratch(G, d)` floats.
 /// Cost: one pass over V, one more per such heavy row; O(G n d), or O(G n) if the distances are known.
-inline void removal_errors(const simd::Kernels& kernels, MatrixView<float> weights, const RowsView& v,
+/// @throws state_error for a negative score.
+inline void removal_errors(const simd::Kernels& kernels, std::string_view where,
+                           MatrixView<const float> scores, MatrixView<float> weights, const RowsView& v,
                            const Centre& centre, Changes changes, std::span<float> out, float* scratch) {
     const std::size_t n = v.rows(), group = weights.rows, dim = v.dim();
     if (n == 1) {
@@ -119,25 +140,29 @@ inline void removal_errors(const simd::Kernels& kernels, MatrixView<float> weigh
     };
     for (std::size_t g = 0; g < group; ++g) {
         const std::span<float> a = weights[g];
-        if (detail::Summary(kernels, a).most > 0.5F) {
+        detail::Shares shares(kernels, where, scores[g], a);
+        if (shares.most > 0.5F) {
+            if (shares.row != a.data()) std::copy_n(shares.row, n, a.data());
+            shares.row = a.data();
             const auto heaviest = static_cast<std::size_t>(std::max_element(a.begin(), a.end()) - a.begin());
-            const float weight = std::exchange(a[heaviest], 0.0F);
-            const double rest = detail::Summary(kernels, a).sum;
+            a[heaviest] = 0.0F;
+            const double sum = detail::Summary(kernels, a).sum;
+            const double rest = sum * static_cast<double>(shares.factor);
             if (!(rest > 0.0)) {
                 out[heaviest] = positive_infinity();
             } else if (!centre.plain) {
                 const MatrixView<float> others(scratch, 1, dim);
                 detail::weighted_mean(kernels, {a.data(), 1, n}, v, others);
-                for (float& x : others[0]) x = static_cast<float>(static_cast<double>(x) / rest);
-                add(heaviest, weight * detail::distance(kernels, v, heaviest, others.data));
+                for (float& x : others[0]) x = static_cast<float>(static_cast<double>(x) / sum);
+                add(heaviest, shares.most * detail::distance(kernels, v, heaviest, others.data));
             } else {
                 const float* const point = centre.points.data;
                 const float far = centre.squares.empty() ? detail::distance(kernels, v, heaviest, point)
                                                          : std::sqrt(centre.squares[heaviest]);
-                add(heaviest, static_cast<float>(static_cast<double>(weight) / rest) * far);
+                add(heaviest, static_cast<float>(static_cast<double>(shares.most) / rest) * far);
             }
         }
-        kernels.odds(a.data(), n, 1.0F);
+        kernels.odds(shares.row, a.data(), n, shares.factor);
     }
 
     const auto root_of_squares = [&](std::size_t row, const float* square, std::size_t stride) {
@@ -154,7 +179,9 @@ inline void removal_errors(const simd::Kernels& kernels, MatrixView<float> weigh
                                 stride, group, rows);
             kernels.square_roots(out.data() + first, rows);
             constexpr float tiny = 1e-15F;  // whose square has lost bits, or all of them
-            for (std::size_t j = 0; j < rows; ++j)
+            bool some = false;              // told apart, so that the loop over all of them is one of vectors
+            for (std::size_t j = 0; j < rows; ++j) some |= out[first + j] < tiny;
+            for (std::size_t j = 0; some && j < rows; ++j)
                 if (out[first + j] < tiny) out[first + j] = root_of_squares(first + j, squares + j, stride);
             return;
         }
@@ -165,12 +192,16 @@ inline void removal_errors(const simd::Kernels& kernels, MatrixView<float> weigh
     if (!centre.squares.empty()) {
         collect(0, n, centre.squares.data(), 0);
     } else {
-        const std::size_t points = centre.plain ? 1 : group;
+        const std::size_t points = centre.points.rows;
+        float* const squares = scratch;  // of the points; the mean of a heavy row's others is gone by now
+        float* const distances = scratch + points;
+        for (std::size_t g = 0; g < points; ++g) squares[g] = detail::square_of(kernels, centre.points[g]);
         for (std::size_t first = 0; first < n; first += detail::distance_rows) {
             const std::size_t end = std::min(n, first + detail::distance_rows);
-            detail::distances(kernels, centre.points.data, centre.points.stride, points, v, first, end,
-                              nullptr, scratch);
-            collect(first, end - first, scratch, centre.plain ? 0 : detail::distance_rows);
+            detail::squared_distances(kernels, {centre.points, squares}, v, first, end,
+                                      centre.norms.empty() ? nullptr : centre.norms.data() + first, {},
+                                      distances, distances + points * detail::distance_rows);
+            collect(first, end - first, distances, centre.plain ? 0 : detail::distance_rows);
         }
     }
     if (changes == Changes::mean)

@@ -7,9 +7,11 @@
 #include <cstddef>
 #include <span>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../base/types.hpp"
+#include "../views.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
 
@@ -49,48 +51,71 @@ class RowArray {
 template <class T>
 class RowPlanes {
   public:
-    [[nodiscard]] std::size_t planes() const noexcept { return planes_.size(); }
-    [[nodiscard]] std::span<T> operator[](std::size_t plane) noexcept { return planes_[plane].values(); }
+    [[nodiscard]] std::size_t planes() const noexcept { return planes_; }
+    [[nodiscard]] std::span<T> operator[](std::size_t plane) noexcept {
+        return std::span(values_).subspan(plane * stride_, rows_);
+    }
     [[nodiscard]] std::span<const T> operator[](std::size_t plane) const noexcept {
-        return planes_[plane].values();
+        return std::span(values_).subspan(plane * stride_, rows_);
+    }
+    /// [planes, rows]
+    [[nodiscard]] MatrixView<const T> view() const noexcept {
+        return {values_.data(), planes_, rows_, stride_};
     }
     /// `count` planes of `rows` zeros.
     void set_planes(std::size_t count, std::size_t rows) {
-        planes_.assign(count, {});
+        values_.clear();
+        planes_ = count;
+        rows_ = stride_ = 0;
         reserve(reserved_);
         resize(rows);
     }
     /// All values, plane after plane: a copy.
     [[nodiscard]] std::vector<T> values() const {
         std::vector<T> all;
-        for (const RowArray<T>& plane : planes_)
-            all.insert(all.end(), plane.values().begin(), plane.values().end());
+        for (std::size_t plane = 0; plane < planes_; ++plane)
+            all.insert(all.end(), (*this)[plane].begin(), (*this)[plane].end());
         return all;
     }
-    [[nodiscard]] std::size_t bytes() const noexcept {
-        std::size_t bytes = 0;
-        for (const RowArray<T>& plane : planes_) bytes += plane.bytes();
-        return bytes;
-    }
+    [[nodiscard]] std::size_t bytes() const noexcept { return values_.capacity() * sizeof(T); }
 
     void reserve(std::size_t rows) {
         reserved_ = std::max(reserved_, rows);
-        for (RowArray<T>& plane : planes_) plane.reserve(rows);
+        if (planes_ > 0 && rows > stride_) spread(rows);
     }
     void shrink() {
         reserved_ = 0;
-        for (RowArray<T>& plane : planes_) plane.shrink();
+        if (stride_ > rows_) spread(rows_);
     }
     void resize(std::size_t rows) {
-        for (RowArray<T>& plane : planes_) plane.resize(rows);
+        if (planes_ == 0) return;
+        if (rows > stride_) spread(std::max(rows, stride_ + stride_ / 2));
+        for (std::size_t plane = 0; rows > rows_ && plane < planes_; ++plane)
+            std::fill_n(values_.data() + plane * stride_ + rows_, rows - rows_, T{});
+        rows_ = rows;
     }
     void apply(std::span<const Move> moves, std::size_t rows) noexcept {
-        for (RowArray<T>& plane : planes_) plane.apply(moves, rows);
+        for (std::size_t plane = 0; plane < planes_; ++plane)
+            for (const Move& move : moves)
+                (*this)[plane][static_cast<std::size_t>(move.to)] =
+                    (*this)[plane][static_cast<std::size_t>(move.from)];
+        rows_ = std::min(rows_, rows);
     }
 
   private:
-    std::vector<RowArray<T>> planes_;
-    std::size_t reserved_ = 0;  // rows that planes to come must hold without growing
+    /// Room for `stride` rows in every plane.
+    void spread(std::size_t stride) {
+        std::vector<T> values(planes_ * stride);
+        for (std::size_t plane = 0; plane < planes_; ++plane)
+            std::copy((*this)[plane].begin(), (*this)[plane].end(),
+                      values.begin() + static_cast<std::ptrdiff_t>(plane * stride));
+        values_ = std::move(values);
+        stride_ = stride;
+    }
+
+    std::vector<T> values_;
+    std::size_t planes_ = 0, rows_ = 0, stride_ = 0;  // values from one plane to the next
+    std::size_t reserved_ = 0;                        // rows that planes to come must hold without growing
 };
 
 /// State of a policy that remembers nothing.

@@ -160,6 +160,29 @@ inline void add_squares(float* out, const float* a, std::size_t a_stride, const 
     }
 }
 
+inline bool expand_squares(float* x, const float* norm, const float* z, float own, std::size_t n) noexcept {
+    const __m256 most = _mm256_castsi256_ps(_mm256_set1_epi32(0x7F7FFFFF)), one = _mm256_set1_ps(1.0F);
+    int bad = 0;
+    for (std::size_t j = 0; j < n; j += 8) {
+        const std::size_t part = n - j < 8 ? n - j : 8;
+        const auto at = [&](const float* row) {
+            return part == 8 ? load(row + j) : load_part(row + j, part);
+        };
+        const __m256 of_output = z == nullptr ? one : at(z), of_value = z == nullptr ? one : one + at(z);
+        const __m256 terms = fma(of_value * of_value, at(norm), of_output * of_output * _mm256_set1_ps(own));
+        const __m256 square = fma(_mm256_set1_ps(-2.0F) * of_value * of_output, at(x), terms);
+        const __m256 enough = _mm256_cmp_ps(square * _mm256_set1_ps(32.0F), terms, _CMP_GE_OQ);
+        const __m256 good = _mm256_and_ps(enough, _mm256_cmp_ps(terms, most, _CMP_LE_OQ));
+        const __m256 out = _mm256_blendv_ps(_mm256_set1_ps(-1.0F), square, good);
+        bad |= ~_mm256_movemask_ps(good) & ((1 << part) - 1);
+        if (part == 8)
+            _mm256_storeu_ps(x + j, out);
+        else
+            _mm256_maskstore_ps(x + j, mask_of(part), out);
+    }
+    return bad == 0;
+}
+
 inline void summarise(const float* x, std::size_t n, float* least, float* most, double* sum) noexcept {
     __m256 low = _mm256_setzero_ps(), high = low;
     double total = 0;
@@ -185,12 +208,13 @@ inline void summarise(const float* x, std::size_t n, float* least, float* most, 
     }
     std::memcpy(sum, &total, sizeof total);
 }
-/// x[j] = change(x[j]), eight at a time.
+/// out[j] = change(x[j]), eight at a time.
 template <class Change>
-[[gnu::always_inline]] inline void change_row(float* x, std::size_t n, const Change& change) noexcept {
+[[gnu::always_inline]] inline void change_row(const float* x, float* out, std::size_t n,
+                                              const Change& change) noexcept {
     std::size_t j = 0;
-    for (; j + 8 <= n; j += 8) _mm256_storeu_ps(x + j, change(load(x + j)));
-    if (j < n) _mm256_maskstore_ps(x + j, mask_of(n - j), change(load_part(x + j, n - j)));
+    for (; j + 8 <= n; j += 8) _mm256_storeu_ps(out + j, change(load(x + j)));
+    if (j < n) _mm256_maskstore_ps(out + j, mask_of(n - j), change(load_part(x + j, n - j)));
 }
 struct Odds {
     float factor;
@@ -199,14 +223,14 @@ struct Odds {
         return weight / (_mm256_set1_ps(1.0F) - weight);
     }
 };
-inline void odds(float* x, std::size_t n, float factor) noexcept {
-    change_row(x, n, Odds{factor});
+inline void odds(const float* x, float* out, std::size_t n, float factor) noexcept {
+    change_row(x, out, n, Odds{factor});
 }
 struct SquareRoot {
     [[gnu::always_inline]] __m256 operator()(__m256 entry) const noexcept { return _mm256_sqrt_ps(entry); }
 };
 inline void square_roots(float* x, std::size_t n) noexcept {
-    change_row(x, n, SquareRoot{});
+    change_row(x, x, n, SquareRoot{});
 }
 
 inline void maximum(float* out, const float* x, std::size_t n) noexcept {

@@ -151,6 +151,30 @@ inline void add_squares(float* out, const float* a, std::size_t a_stride, const 
     }
 }
 
+inline bool expand_squares(float* x, const float* norm, const float* z, float own, std::size_t n) noexcept {
+    const __m512 most = _mm512_castsi512_ps(_mm512_set1_epi32(0x7F7FFFFF)), one = _mm512_set1_ps(1.0F);
+    __mmask16 good = 0xFFFF;
+    const auto squares = [&](std::size_t j, __mmask16 mask) {
+        const __m512 of_output = z == nullptr ? one : load_part(z + j, mask);
+        const __m512 of_value = z == nullptr ? one : one + of_output;
+        const __m512 own_term = of_output * of_output * _mm512_set1_ps(own);
+        const __m512 terms = fma(of_value * of_value, load_part(norm + j, mask), own_term);
+        const __m512 square =
+            fma(_mm512_set1_ps(-2.0F) * of_value * of_output, load_part(x + j, mask), terms);
+        const __mmask16 finite = _mm512_cmp_ps_mask(terms, most, _CMP_LE_OQ);
+        const __mmask16 fit =
+            _mm512_mask_cmp_ps_mask(finite, square * _mm512_set1_ps(32.0F), terms, _CMP_GE_OQ);
+        good = static_cast<__mmask16>(good & (fit | ~mask));
+        return _mm512_mask_mov_ps(_mm512_set1_ps(-1.0F), fit, square);
+    };
+    std::size_t j = 0;
+    // Masked stores of whole vectors would not be forwarded to the loads that follow.
+    for (; j + 16 <= n; j += 16) _mm512_storeu_ps(x + j, squares(j, 0xFFFF));
+    const __mmask16 mask = mask_of(n - j);
+    if (mask != 0) _mm512_mask_storeu_ps(x + j, mask, squares(j, mask));
+    return good == 0xFFFF;
+}
+
 inline void summarise(const float* x, std::size_t n, float* least, float* most, double* sum) noexcept {
     __m512 low = zero(), high = low;
     double total = 0;
@@ -176,13 +200,14 @@ inline void summarise(const float* x, std::size_t n, float* least, float* most, 
     }
     std::memcpy(sum, &total, sizeof total);
 }
-/// x[j] = change(x[j]), sixteen at a time.
+/// out[j] = change(x[j]), sixteen at a time.
 template <class Change>
-[[gnu::always_inline]] inline void change_row(float* x, std::size_t n, const Change& change) noexcept {
+[[gnu::always_inline]] inline void change_row(const float* x, float* out, std::size_t n,
+                                              const Change& change) noexcept {
     std::size_t j = 0;
-    for (; j + 16 <= n; j += 16) _mm512_storeu_ps(x + j, change(load(x + j)));
+    for (; j + 16 <= n; j += 16) _mm512_storeu_ps(out + j, change(load(x + j)));
     const __mmask16 mask = mask_of(n - j);
-    if (mask != 0) _mm512_mask_storeu_ps(x + j, mask, change(load_part(x + j, mask)));
+    if (mask != 0) _mm512_mask_storeu_ps(out + j, mask, change(load_part(x + j, mask)));
 }
 struct Odds {
     float factor;
@@ -191,14 +216,14 @@ struct Odds {
         return weight / (_mm512_set1_ps(1.0F) - weight);
     }
 };
-inline void odds(float* x, std::size_t n, float factor) noexcept {
-    change_row(x, n, Odds{factor});
+inline void odds(const float* x, float* out, std::size_t n, float factor) noexcept {
+    change_row(x, out, n, Odds{factor});
 }
 struct SquareRoot {
     [[gnu::always_inline]] __m512 operator()(__m512 entry) const noexcept { return _mm512_sqrt_ps(entry); }
 };
 inline void square_roots(float* x, std::size_t n) noexcept {
-    change_row(x, n, SquareRoot{});
+    change_row(x, x, n, SquareRoot{});
 }
 
 inline void maximum(float* out, const float* x, std::size_t n) noexcept {

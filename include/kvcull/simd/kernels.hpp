@@ -125,11 +125,16 @@ struct Kernels {
     void (*add_squares)(float* out, const float* a, std::size_t a_stride, const float* z,
                         std::size_t z_stride, const float* d, std::size_t d_stride, std::size_t rows,
                         std::size_t n) noexcept;
+    /// In place of products x[j] = v_j . o: |v_j - o|^2 = |v_j|^2 - 2 x[j] + |o|^2, or, with `z`,
+    /// |v_j + z[j] (v_j - o)|^2 = a^2 |v_j|^2 - 2 a z[j] x[j] + z[j]^2 |o|^2 with a = 1 + z[j]. -1 where the
+    /// terms cancel by more than five bits or are not finite. norm[j] = |v_j|^2, own = |o|^2.
+    /// @returns whether there is no such -1.
+    bool (*expand_squares)(float* x, const float* norm, const float* z, float own, std::size_t n) noexcept;
     /// Least and largest entry, 0 included, and the sum: floats over at most 64 terms per lane, double above
     /// them. A NaN makes the sum NaN and is passed over otherwise.
     void (*summarise)(const float* x, std::size_t n, float* least, float* most, double* sum) noexcept;
-    /// x[j] = w / (1 - w) with w = factor * x[j].
-    void (*odds)(float* x, std::size_t n, float factor) noexcept;
+    /// out[j] = w / (1 - w) with w = factor * x[j]; `out` may be `x`.
+    void (*odds)(const float* x, float* out, std::size_t n, float factor) noexcept;
     /// x[j] = sqrt(x[j])
     void (*square_roots)(float* x, std::size_t n) noexcept;
     /// out[j] = max(out[j], x[j])
@@ -227,16 +232,16 @@ KVCULL_KERNELS_INLINE bool available(Isa isa) noexcept {
 }
 
 /// The table of an instruction set: the functions of its namespace.
-#    define KVCULL_KERNELS_OF(isa)                                                                        \
-        Kernels {                                                                                         \
-            Isa::isa, {isa::dots_f32}, {isa::dots_f16}, {isa::dots_bf16}, {isa::dots_int8},               \
-                {isa::dots_int4}, {isa::weighted_sum_f32}, {isa::weighted_sum_f16},                       \
-                {isa::weighted_sum_bf16}, {isa::weighted_sum_int8}, {isa::weighted_sum_int4},             \
-                {isa::distances_f32}, {isa::distances_f16}, {isa::distances_bf16}, {isa::distances_int8}, \
-                {isa::distances_int4}, isa::softmax, isa::add_rows, isa::add_squares, isa::summarise,     \
-                isa::odds, isa::square_roots, isa::maximum, isa::widen_f16, isa::widen_bf16,              \
-                isa::narrow_f16, isa::narrow_bf16, isa::widen_int8, isa::widen_int4, isa::narrow_int8,    \
-                isa::narrow_int4, isa::to_codes, isa::largest_products, isa::fast_integers                \
+#    define KVCULL_KERNELS_OF(isa)                                                                           \
+        Kernels {                                                                                            \
+            Isa::isa, {isa::dots_f32}, {isa::dots_f16}, {isa::dots_bf16}, {isa::dots_int8},                  \
+                {isa::dots_int4}, {isa::weighted_sum_f32}, {isa::weighted_sum_f16},                          \
+                {isa::weighted_sum_bf16}, {isa::weighted_sum_int8}, {isa::weighted_sum_int4},                \
+                {isa::distances_f32}, {isa::distances_f16}, {isa::distances_bf16}, {isa::distances_int8},    \
+                {isa::distances_int4}, isa::softmax, isa::add_rows, isa::add_squares, isa::expand_squares,   \
+                isa::summarise, isa::odds, isa::square_roots, isa::maximum, isa::widen_f16, isa::widen_bf16, \
+                isa::narrow_f16, isa::narrow_bf16, isa::widen_int8, isa::widen_int4, isa::narrow_int8,       \
+                isa::narrow_int4, isa::to_codes, isa::largest_products, isa::fast_integers                   \
         }
 
 KVCULL_KERNELS_INLINE const Kernels& kernels_for(Isa isa) {

@@ -454,6 +454,7 @@ inline void add_rows(float* out, const float* x, std::size_t x_stride, std::size
 
 // Simple loops over one row, which compilers turn into NEON code themselves.
 using scalar::add_squares;
+using scalar::expand_squares;
 using scalar::odds;
 using scalar::square_roots;
 using scalar::summarise;

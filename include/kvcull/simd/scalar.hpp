@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "../base/quantised.hpp"
 #include "../base/types.hpp"
@@ -159,6 +160,20 @@ inline void add_squares(float* out, const float* a, std::size_t a_stride, const 
     }
 }
 
+inline bool expand_squares(float* x, const float* norm, const float* z, float own, std::size_t n) noexcept {
+    constexpr float most = std::numeric_limits<float>::max();
+    bool all = true;
+    for (std::size_t j = 0; j < n; ++j) {
+        const float of_output = z == nullptr ? 1.0F : z[j], of_value = z == nullptr ? 1.0F : 1.0F + z[j];
+        const float terms = of_value * of_value * norm[j] + of_output * of_output * own;
+        const float square = terms - 2.0F * of_value * of_output * x[j];
+        const bool good = square * 32.0F >= terms && terms <= most;
+        x[j] = good ? square : -1.0F;
+        all = all && good;
+    }
+    return all;
+}
+
 inline void summarise(const float* x, std::size_t n, float* least, float* most, double* sum) noexcept {
     *least = 0;
     *most = 0;
@@ -169,8 +184,8 @@ inline void summarise(const float* x, std::size_t n, float* least, float* most, 
         *sum += static_cast<double>(x[j]);
     }
 }
-inline void odds(float* x, std::size_t n, float factor) noexcept {
-    for (std::size_t j = 0; j < n; ++j) x[j] = factor * x[j] / (1.0F - factor * x[j]);
+inline void odds(const float* x, float* out, std::size_t n, float factor) noexcept {
+    for (std::size_t j = 0; j < n; ++j) out[j] = factor * x[j] / (1.0F - factor * x[j]);
 }
 inline void square_roots(float* x, std::size_t n) noexcept {
     for (std::size_t j = 0; j < n; ++j) x[j] = std::sqrt(x[j]);
