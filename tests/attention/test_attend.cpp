@@ -430,6 +430,41 @@ TEST_CASE("attention over two parts of a cache, merged, equals attention over th
     }
 }
 
+TEST_CASE("a reader's own query meets all keys beside the others, whose results it does not change",
+          "[property]") {
+    struct Reader {
+        std::vector<float>* got;
+        bool queries = true;
+
+        void products(std::span<const float> of_keys) const { got->assign(of_keys.begin(), of_keys.end()); }
+        static void values(const RowsView::Run& /*piece*/) noexcept {}
+    };
+    const Kernels& kernels = any_kernels();
+    for (const std::size_t rows : {1U, 2U, 3U, 4U, 7U}) {
+        const std::size_t n = 67;
+        Problem problem(rows + 1, n, 80, 24);
+        const Results want = problem.solve(kernels);
+        --problem.rows;
+        problem.visible.pop_back();
+        std::vector<float> got;
+        const auto solve = [&] {
+            Results results(rows, n, problem.value_dim);
+            results.attention.resize((rows + 1) * n);
+            attend(kernels, problem.queries(), problem.keys(), problem.values(), problem.visible,
+                   problem.scale, results.all(), Reader{&got});
+            results.attention.resize(rows * n);
+            return results;
+        };
+        CAPTURE(simd::name_of(kernels.isa), rows);
+        CHECK(same(solve(), problem.solve(kernels)));
+        CHECK(same_bits(got, std::span(want.logits).subspan(rows * n)));
+        got.clear();
+        problem.visible[rows / 2].end = n - 1;  // a row that does not see all
+        CHECK(same(solve(), problem.solve(kernels)));
+        CHECK(got.empty());
+    }
+}
+
 TEST_CASE("shared ranges cover what every row sees, once, ascending within a row", "[property]") {
     for (std::uint64_t seed = 0; seed < 200; ++seed) {
         SplitMix64 random{seed};

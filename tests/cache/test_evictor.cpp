@@ -516,7 +516,7 @@ TEST_CASE("an engine without outputs of ours gets the same plans", "[differentia
                 REQUIRE(same_bits(scores, others));
             }
             // Who takes part in our attention may have noted what others compute when they need it.
-            constexpr bool reads_along = ReadsKeys<decltype(policy)> || ReadsValues<decltype(policy)>;
+            constexpr bool reads_along = QueriesKeys<decltype(policy)> || ReadsValues<decltype(policy)>;
             const Needs needs = policy.needs(Phase::decode);
             if (!reads_along && !needs.attention_if_made && !needs.logits_if_made)
                 REQUIRE(same_live(with.live(), without.live()));

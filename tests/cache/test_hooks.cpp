@@ -37,8 +37,8 @@ struct Log {
         std::vector<float> values;
     };
     std::vector<Reading> readings;
-    std::vector<float> keys;     // of the pass over K that runs now
-    std::size_t key_passes = 0;  // complete ones since the last pass over V began
+    std::vector<float> query;    // of the policy's own, over the keys
+    std::size_t key_passes = 0;  // with it, since the last pass over V began
     std::vector<Forgotten> forgotten;
     std::vector<bool> evicts;  // of every first tile
     std::size_t asked = 0;
@@ -69,18 +69,23 @@ struct Hooked {
         CHECK(step.added == 1);
         return reads;
     }
-    [[nodiscard]] bool reads_keys(State& /*state*/, const HeadStep& step) const {
+    /// The newest key, which every head of the queries might be: its products are known.
+    [[nodiscard]] std::span<const float> key_query(State& /*state*/, const HeadStep& step) const {
         CHECK(step.added == 1);
-        return reads;
+        log->query.resize(step.cached.k.dim());
+        step.cached.k.widen(step.n() - 1, log->query);
+        return reads ? std::span<const float>(log->query) : std::span<const float>{};
     }
-    void read_keys(State& /*state*/, const HeadStep& step, const RowsView::Run& piece) const {
-        if (piece.first == 0) log->keys.clear();
-        const auto* row = reinterpret_cast<const float*>(piece.data);
-        CHECK(log->keys.size() == piece.first * step.cached.k.dim());
-        for (std::size_t j = 0; j < piece.rows; ++j, row += step.cached.k.stride())
-            log->keys.insert(log->keys.end(), row, row + step.cached.k.dim());
-        if (piece.first + piece.rows < step.n()) return;
-        CHECK(same_bits(log->keys, widened(step.cached.k)));
+    void take_products(State& /*state*/, const HeadStep& step, std::span<const float> products) const {
+        CHECK(products.size() == step.n());
+        const std::vector<float> keys = widened(step.cached.k);
+        for (std::size_t j = 0; j < step.n(); ++j) {
+            double sum = 0.0;
+            for (std::size_t c = 0; c < log->query.size(); ++c)
+                sum +=
+                    static_cast<double>(log->query[c]) * static_cast<double>(keys[j * log->query.size() + c]);
+            CHECK(close(products[j], sum * static_cast<double>(step.scale), 1e-5, 1e-5));
+        }
         ++log->key_passes;
     }
     void read_values(State& /*state*/, const HeadStep& step, const RowsView::Run& piece) const {
@@ -119,7 +124,7 @@ struct Hooked {
             {step.layer, step.head, {keep.begin(), keep.end()}, positions, widened(step.cached.v)});
     }
 };
-static_assert(Policy<Hooked> && ReadsKeys<Hooked> && ReadsValues<Hooked> && Forgets<Hooked>);
+static_assert(Policy<Hooked> && QueriesKeys<Hooked> && ReadsValues<Hooked> && Forgets<Hooked>);
 
 /// An engine: `count` tokens through all layers, with or without outputs of ours. `visit(plan)` sees every
 /// layer's plan before it is carried out.

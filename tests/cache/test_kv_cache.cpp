@@ -251,7 +251,7 @@ TEST_CASE("after reserve, no decode step takes anything from the heap, nor more 
         const std::array<float, 6> log_beta{-1.0F, -2.0F, -1.5F, -3.0F, -0.1F, -0.7F};
         // Some states take memory of a fixed size when they see the first token; any other begins cold.
         constexpr bool warm = std::is_same_v<P, SnapKV> || std::is_base_of_v<RKV, P> ||
-                              std::is_same_v<P, CaoteLike<LastRowLike>> || ReadsKeys<P> || ReadsValues<P>;
+                              std::is_same_v<P, CaoteLike<LastRowLike>> || QueriesKeys<P> || ReadsValues<P>;
         if (warm) feed(cache, stream, 0, 3);
         const bool full = std::is_same_v<P, Full>;
         cache.reserve(full ? tokens : rows);

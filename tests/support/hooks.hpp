@@ -26,7 +26,7 @@ struct Recording : P {
     }
 };
 
-/// The same policy without `reads_keys`, `reads_values` and `forget`: it must then find all sums by itself.
+/// The same policy without `key_query`, `reads_values` and `forget`: it must then find all sums by itself.
 template <Policy P>
 struct Unhooked {
     static constexpr std::string_view name = "unhooked";

@@ -84,7 +84,8 @@ void for_each_shared(std::span<const Visible> visible, Part part, std::size_t fi
 
 /// Nobody takes part in the passes over keys and values.
 struct NoReader {
-    static void keys(const RowsView::Run& /*piece*/) noexcept {}
+    static constexpr bool queries = false;
+    static void products(std::span<const float> /*of_keys*/) noexcept {}
     static void values(const RowsView::Run& /*piece*/) noexcept {}
 };
 
@@ -124,8 +125,10 @@ inline void check_attend(const MatrixView<const float>& q, const RowsView& k, co
 /// wanted.
 /// @param visible  [R], `end` at most n. @param rule  what becomes of the dot products; a number is their
 /// scale.
-/// @param reader   gets every piece of K and V right after it was read, while it is in cache; if all rows see
-/// the same entries, each piece once, in order.
+/// @param reader   gets every piece of V right after it was read, while it is in cache; if all rows see the
+/// same entries, each piece once, in order. If they see all of them and `reader.queries`, a query of its own
+/// lies behind those of `q`: it gets the products [n] of that with the keys, times the scale, for which there
+/// is room behind `want.attention`.
 /// @throws shape_error for sizes that do not fit; nothing is written then.
 template <class Reader = detail::NoReader>
 void attend(const simd::Kernels& kernels, MatrixView<const float> q, const RowsView& k, const RowsView& v,
@@ -134,16 +137,20 @@ void attend(const simd::Kernels& kernels, MatrixView<const float> q, const RowsV
     detail::check_attend(q, k, v, visible, want);
     const std::size_t rows = q.rows, n = k.rows();
     const MatrixView<float>& attention = want.attention;
+    const bool queries =
+        reader.queries && std::all_of(visible.begin(), visible.end(), [n](const Visible& row) {
+            return row.begin <= row.sinks && row.end == n;
+        });
 
     const auto score = [&](std::size_t first, std::size_t last, std::size_t begin, std::size_t end) {
         detail::for_each_piece(k, begin, end, [&](const RowsView::Run& piece, const std::byte* next) {
-            detail::dots(kernels, q[first].data(), q.stride, last - first, k, piece, rule.scale,
-                         attention[first].data() + piece.first, attention.stride, next);
-            reader.keys(piece);
+            detail::dots(kernels, q[first].data(), q.stride, last - first + (queries ? 1 : 0), k, piece,
+                         rule.scale, attention[first].data() + piece.first, attention.stride, next);
         });
     };
     detail::for_each_shared(visible, detail::Part::head, 0, rows, 0, n, score);
     detail::for_each_shared(visible, detail::Part::band, 0, rows, 0, n, score);
+    if (queries) reader.products({attention.data + rows * attention.stride, n});
 
     for (std::size_t row = 0; row < rows; ++row) {
         const detail::VisibleRanges ranges(visible[row]);

@@ -258,7 +258,7 @@ class Evictor {
     }
     /// A long head's single token runs in parts, unless the policy reads along.
     [[nodiscard]] std::size_t parts(const LayerCall& call, std::size_t head) const {
-        constexpr bool reads_along = ReadsKeys<P> || ReadsValues<P>;
+        constexpr bool reads_along = QueriesKeys<P> || ReadsValues<P>;
         if (call.q.tokens > 1 || call.out.empty() || (reads_along && !call.spared)) return 1;
         return detail::PartedHead::cut(call, head).count();
     }

@@ -83,8 +83,8 @@ inline void Workers::reserve(const CacheShape& shape, const Needs& needs, std::s
     schedule.reserve(shape.kv_heads, Parts{0, rows}.count());
     const std::size_t tile = shape.group() * tile_tokens(shape.group(), rows);
     for (TileScratch& one : scratch) {
-        one.q.get(tile * shape.head_dim);
-        one.attention.get(tile * rows);
+        one.q.get((tile + 1) * shape.head_dim);
+        one.attention.get((tile + 1) * rows);
         if (needs.logits) one.logits.get(tile * rows);
         const std::size_t most = std::max(tile, (Parts{0, rows}.count() + 1) * shape.group());
         one.output.get(most * shape.values());
@@ -104,24 +104,28 @@ struct Observer {
     typename P::State& state;
 
     void operator()(const HeadStep& tile) const { policy.observe(state, tile); }
-    /// Calls `run(reader)` with what the policy reads along with attention, if it does.
+    /// Calls `run(reader)` with what the policy reads along with attention, if it does. `own_query`
+    /// [head_dim]: where a query of its own goes, behind those of the tile.
     template <class Run>
-    void read_along(const HeadStep& tile, const Run& run) const {
+    void read_along(const HeadStep& tile, std::span<float> own_query, const Run& run) const {
         Reader reader{policy, state, tile};
-        if constexpr (ReadsKeys<P>) reader.reads_keys = policy.reads_keys(state, tile);
+        if constexpr (QueriesKeys<P>) {
+            const std::span<const float> query = policy.key_query(state, tile);
+            reader.queries = !query.empty();
+            std::copy(query.begin(), query.end(), own_query.begin());
+        }
         if constexpr (ReadsValues<P>) reader.reads_values = policy.reads_values(state, tile);
-        reader.reads_keys || reader.reads_values ? run(reader) : run(NoReader{});
+        reader.queries || reader.reads_values ? run(reader) : run(NoReader{});
     }
 
     struct Reader {
         const P& policy;
         typename P::State& state;
         const HeadStep& tile;
-        bool reads_keys = false, reads_values = false;
+        bool queries = false, reads_values = false;
 
-        void keys(const RowsView::Run& piece) const {
-            if constexpr (ReadsKeys<P>)
-                if (reads_keys) policy.read_keys(state, tile, piece);
+        void products(std::span<const float> of_keys) const {
+            if constexpr (QueriesKeys<P>) policy.take_products(state, tile, of_keys);
         }
         void values(const RowsView::Run& piece) const {
             if constexpr (ReadsValues<P>)
@@ -177,7 +181,8 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
     for (std::size_t first = out.empty() ? counted : 0; first < c;) {
         const bool watched = first >= counted;
         const std::size_t tokens = std::min(most, (watched ? c : counted) - first), rows = group * tokens;
-        const MatrixView<float> tile_q(scratch.q.get(rows * q.dim), rows, q.dim);
+        // With room for a query of the policy's own behind the rows.
+        const MatrixView<float> tile_q(scratch.q.get((rows + 1) * q.dim), rows, q.dim);
         scratch.visible.resize(rows);
         for (std::size_t i = 0; i < tokens; ++i) {
             const Visible visible = mask.visible(base, first + i, c);
@@ -196,7 +201,7 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
         if (!out.empty() || (watched && asked)) {
             const bool output = !out.empty() || needs.output;
             const std::size_t values = base.cached.v.dim();
-            AttentionRows want{.attention = {scratch.attention.get(rows * n), rows, n},
+            AttentionRows want{.attention = {scratch.attention.get((rows + 1) * n), rows, n},
                                .lse = {scratch.lse.get(rows), rows}};
             if (watched && needs.logits) want.logits = {scratch.logits.get(rows * n), rows, n};
             if (output) want.output = {scratch.output.get(rows * values), rows, values};
@@ -209,8 +214,9 @@ void for_each_tile(const HeadStep& base, const HeadsView<const float>& q, std::s
                                want, reader);
                     });
             };
-            if constexpr (requires { observe.read_along(step, run); }) {
-                c == 1 && output ? observe.read_along(step, run) : run(NoReader{});
+            const std::span<float> own_query(tile_q.data + rows * q.dim, q.dim);
+            if constexpr (requires { observe.read_along(step, own_query, run); }) {
+                c == 1 && output ? observe.read_along(step, own_query, run) : run(NoReader{});
             } else {
                 run(NoReader{});
             }

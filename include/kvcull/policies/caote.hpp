@@ -20,7 +20,7 @@ namespace kvcull::inline KVCULL_ABI {
 /// What CAOTE can wrap: scores that are not negative, at the end of each layer.
 template <class P>
 concept CaoteBase = Policy<P> && NonNegative<P> && !decides_late<P> && !SideInput<P> && !Selects<P> &&
-                    !ReadsKeys<P> && !ReadsValues<P>;
+                    !QueriesKeys<P> && !ReadsValues<P>;
 
 /// CAOTE over any base policy with scores that are not negative. `fast`: measured from the plain mean of the
 /// values (FastCAOTE), which is known before the step, so that the distances are taken while attention reads

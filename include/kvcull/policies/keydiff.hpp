@@ -12,16 +12,16 @@
 namespace kvcull::inline KVCULL_ABI {
 
 /// KeyDiff (arXiv 2504.15364): keys unlike the others stay. score = -cos(k_j, mean of unit keys). The sum of
-/// unit keys follows the cache, so the mean is known before a step and the products with it are taken while
-/// attention reads the keys. State: 8 bytes per token and KV head, 8 per channel. Cost at an eviction: O(n d)
-/// beside attention's own pass over the keys; a pass of its own where several tokens came at once.
+/// unit keys follows the cache, so the mean is known before a step and goes over the keys as one query more
+/// of attention's. State: 8 bytes per token and KV head, 8 per channel. Cost at an eviction: O(n d), one
+/// query head's; a pass of its own over the keys where several tokens came at once.
 struct KeyDiff {
     static constexpr std::string_view name = "keydiff";
     struct State {
         RowArray<float> inverse;    // 1 / |k|
         RowArray<float> product;    // key * direction of the mean, of the newest step that evicts
         RunningSum units;           // [head_dim]
-        std::vector<float> anchor;  // [head_dim]: that direction, while attention reads the keys
+        std::vector<float> anchor;  // [head_dim]: that direction / the scale, while attention reads the keys
         ReadAlong read;             // whether `product` is true
 
         [[nodiscard]] auto arrays() noexcept { return std::tie(inverse, product); }
@@ -39,16 +39,16 @@ struct KeyDiff {
         return rows + dim;
     }
 
-    static bool reads_keys(State& state, const HeadStep& step) {
-        if (!step.evicts) return false;
+    static std::span<const float> key_query(State& state, const HeadStep& step) {
+        if (!step.evicts) return {};
         enter(state, step);
         state.read.begin();
-        return find_anchor(state.units, step, state.anchor);
+        if (!find_anchor(state.units, step, state.anchor)) return {};
+        return state.anchor;
     }
-    static void read_keys(State& state, const HeadStep& step, const RowsView::Run& piece) {
-        detail::dots(*step.kernels, state.anchor.data(), 0, 1, step.cached.k, piece, 1.0F,
-                     state.product.values().data() + piece.first, 0);
-        state.read.read(piece, step.n());
+    static void take_products(State& state, const HeadStep& step, std::span<const float> products) {
+        std::copy(products.begin(), products.end(), state.product.values().begin());
+        state.read.finish(step.n());
     }
     static void observe(State& state, const HeadStep& step) {
         if (step.phase != Phase::probe && step.first_tile && state.read.missed()) enter(state, step);
@@ -68,8 +68,8 @@ struct KeyDiff {
         }
         detail::for_each_piece(step.cached.k, 0, step.n(),
                                [&](const RowsView::Run& piece, const std::byte* next) {
-                                   detail::dots(*step.kernels, anchor, 0, 1, step.cached.k, piece, -1.0F,
-                                                out.data() + piece.first, 0, next);
+                                   detail::dots(*step.kernels, anchor, 0, 1, step.cached.k, piece,
+                                                -step.scale, out.data() + piece.first, 0, next);
                                });
         for (std::size_t j = 0; j < out.size(); ++j) out[j] *= inverse[j];
     }
@@ -94,17 +94,17 @@ struct KeyDiff {
                          if (known) state.units.add(0, static_cast<double>(state.inverse[j]), key);
                      });
     }
-    /// Direction of the mean of unit keys, if that is known.
+    /// Direction of the mean of unit keys, if that is known, to be multiplied by the scale of logits.
     static bool find_anchor(const RunningSum& units, const HeadStep& step, std::span<float> out) {
         if (!units.knows(step.n())) return false;
         for (std::size_t c = 0; c < out.size(); ++c)
             out[c] = static_cast<float>(units.sum[c] / static_cast<double>(step.n()));
-        const float scale = inverse_norm(*step.kernels, out);
-        for (float& x : out) x *= scale;
-        return true;
+        const float factor = inverse_norm(*step.kernels, out) / step.scale;
+        for (float& x : out) x *= factor;
+        return is_finite(factor);
     }
 };
-static_assert(Policy<KeyDiff> && Protects<KeyDiff> && ReadsKeys<KeyDiff> && Forgets<KeyDiff>);
+static_assert(Policy<KeyDiff> && Protects<KeyDiff> && QueriesKeys<KeyDiff> && Forgets<KeyDiff>);
 
 /// Key norm (arXiv 2406.11430): keys of low norm stay. State: 4 bytes per token and KV head.
 struct KeyNorm {

@@ -331,14 +331,17 @@ concept PerQueryHead = NonNegative<P> &&
     requires(const P policy, const typename P::State& state, const HeadStep& step, MatrixView<float> spare) {
     { policy.distribution(state, step, spare) } -> std::same_as<MatrixView<const float>>;
 };
-/// Takes part in the pass over the keys or the values that the attention of one token makes: gets every piece
-/// of them once, in order, right after attention has read it, while it is still in cache; `observe` follows.
+/// Has a query of its own multiplied with all keys along with those of the one token that attends, so that
+/// nobody reads the keys again: `key_query` [head_dim], or nothing if it has none this time; then
+/// `take_products` gets its products [n] with the keys, times `step.scale`; `observe` follows.
 template <class P>
-concept ReadsKeys = requires(const P policy, typename P::State& state, const HeadStep& step,
-                             const RowsView::Run& piece) {
-    { policy.reads_keys(state, step) } -> std::same_as<bool>;
-    policy.read_keys(state, step, piece);
+concept QueriesKeys = requires(const P policy, typename P::State& state, const HeadStep& step,
+                               std::span<const float> products) {
+    { policy.key_query(state, step) } -> std::same_as<std::span<const float>>;
+    policy.take_products(state, step, products);
 };
+/// Takes part in the pass over the values that the attention of one token makes: gets every piece of them
+/// once, in order, right after attention has read it, while it is still in cache; `observe` follows.
 template <class P>
 concept ReadsValues = requires(const P policy, typename P::State& state, const HeadStep& step,
                                const RowsView::Run& piece) {

@@ -84,8 +84,10 @@ class ReadAlong {
     }
     /// Numbers of `piece` are taken.
     void read(const RowsView::Run& piece, std::size_t n) noexcept {
-        if (piece.first + piece.rows == n) rows_ = n;
+        if (piece.first + piece.rows == n) finish(n);
     }
+    /// The numbers of all `n` rows are taken.
+    void finish(std::size_t n) noexcept { rows_ = n; }
     /// In `observe`: @returns whether no pass began in this call, so that its rows are still to be taken in.
     bool missed() noexcept {
         if (std::exchange(began_, false)) return false;

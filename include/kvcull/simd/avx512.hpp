@@ -175,7 +175,8 @@ template <class Group>
 }
 
 // What a pair of a query and a row sums over their channels; kernels.hpp says why. `at` moves to a later
-// pair. What is summed `often` has tiles for two and three queries too, for which the others save the code.
+// pair. What is summed `often` has tiles for two, three and five queries too, for which the others save the
+// code.
 struct Product {
     static constexpr bool often = true;
     [[nodiscard]] Product at(std::size_t, std::size_t) const noexcept { return {}; }
@@ -238,7 +239,7 @@ template <std::size_t Q, std::size_t R, class Term, class T>
     constexpr std::size_t count = Q * R;
     Fetch fetch(k, ahead, R, step<T> == 16 ? dim : 0, k_stride, bytes_to<T>(line<T>));
     __m512 sum[count];
-#    pragma GCC unroll 16
+#    pragma GCC unroll 20
     for (std::size_t i = 0; i < count; ++i) sum[i] = zero();
     std::size_t c = 0;
     for (; c + step<T> <= dim; c += step<T>, k += elements_to<T>(step<T>)) {
@@ -256,19 +257,19 @@ template <std::size_t Q, std::size_t R, class Term, class T>
                                           sum[g * R + r], g, r);
         }
     }
-    alignas(64) float result[16];
+    alignas(64) float result[(count + 3) / 4 * 4];
     if constexpr (count == 16) {
         _mm512_store_ps(result, sums(sum) * _mm512_set1_ps(scale));
     } else {
         constexpr std::size_t last = count - 1;
-#    pragma GCC unroll 4
+#    pragma GCC unroll 5
         for (std::size_t i = 0; i < count; i += 4) {
             const __m128 four = sums(sum[i], sum[i + 1 < last ? i + 1 : last],
                                      sum[i + 2 < last ? i + 2 : last], sum[i + 3 < last ? i + 3 : last]);
             _mm_store_ps(result + i, four * _mm_set1_ps(scale));
         }
     }
-#    pragma GCC unroll 4
+#    pragma GCC unroll 5
     for (std::size_t g = 0; g < Q; ++g) std::memcpy(out + g * out_stride, result + g * R, R * sizeof(float));
 }
 
@@ -293,7 +294,7 @@ template <class Term, class T>
                                          float scale, float* out, std::size_t out_stride,
                                          const void* next) noexcept {
     const std::uintptr_t ahead = distance(k, rows * k_stride, next);
-    const bool once = group == 1 || group == 4 || (Term::often && group < 4);
+    const bool once = group == 1 || group == 4 || (Term::often && group < 6);
     const std::size_t chunk = once ? rows : chunk_rows(bytes_to<T>(dim));
     for (std::size_t j = 0; j < rows; j += chunk) {
         const std::size_t count = rows - j < chunk ? rows - j : chunk;
@@ -303,7 +304,11 @@ template <class Term, class T>
             const T* row = k + j * k_stride;
             float* to = out + g * out_stride + j;
             const std::size_t left = group - g;
-            if (left >= 4) {
+            if (Term::often && left == 5) {
+                pair_rows<5, 4>(pair, query, q_stride, row, k_stride, count, dim, scale, to, out_stride,
+                                ahead);
+                g = group;
+            } else if (left >= 4) {
                 pair_rows<4, 4>(pair, query, q_stride, row, k_stride, count, dim, scale, to, out_stride,
                                 ahead);
                 g += 4;
