@@ -12,6 +12,6 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     return fuzz::offer([&] {
         const std::array where{file.path()};
         for (const tiny_llama::Task& task : tiny_llama::read_tasks(where, file.folder(), 448))
-            for (const tiny_llama::Case& one : task.cases) (void)tiny_llama::kinds(one);
+            for (const tiny_llama::Case& one : task.cases) (void)tiny_llama::kinds(one, 448);
     });
 }

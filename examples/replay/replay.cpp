@@ -5,6 +5,8 @@
 #include <cmath>
 #include <kvcull/attention/attend.hpp>
 #include <kvcull/cache/kv_cache.hpp>
+#include <limits>
+#include <string>
 
 #include "../common/named_policies.hpp"
 #include "../common/named_rules.hpp"
@@ -114,6 +116,7 @@ struct Measure {
     [[nodiscard]] double mean() const { return sum / static_cast<double>(count); }
 };
 
+/// Infinite if `got` is not finite.
 double relative_error(std::span<const float> got, std::span<const float> full) {
     double difference = 0, norm = 0;
     for (std::size_t c = 0; c < full.size(); ++c) {
@@ -122,6 +125,7 @@ double relative_error(std::span<const float> got, std::span<const float> full) {
         norm += f * f;
     }
     if (difference == 0) return 0;
+    if (!std::isfinite(difference)) return std::numeric_limits<double>::infinity();
     return norm == 0 ? 1 : std::sqrt(difference / norm);
 }
 
@@ -181,6 +185,10 @@ Outcome run(const Trace& trace, Policy policy, const Setting& setting, std::size
             }
             const std::span got(some.attend(layer, first, count)), want(full.attend(layer, first, count));
             const std::size_t dim = shape.values();
+            if (!std::all_of(want.begin(), want.end(), [](float x) { return std::isfinite(x); }))
+                throw kvcull::error::format_error(
+                    "replay: attention of layer " + std::to_string(layer) + " at token " +
+                    std::to_string(first) + " over the full cache holds a NaN or infinity, want numbers");
             for (std::size_t head = 0; decoding && head < shape.q_heads; ++head)
                 error.add(relative_error(got.subspan(head * dim, dim), want.subspan(head * dim, dim)));
         }
@@ -213,6 +221,9 @@ Outcome run(const Trace& trace, Policy policy, const Setting& setting, std::size
 
 void check(const Trace& trace, const Setting& setting) {
     examples::NamedPolicies::with(setting.policy, [&](auto policy) {
+        if constexpr (kvcull::SideInput<decltype(policy)>)
+            throw kvcull::error::config_error(std::string(policy.name) +
+                                              ": takes a number with every token that a trace does not hold");
         Player(trace, setting.rows, std::move(policy), setting.budget, examples::named_rule(setting.rule));
     });
 }

@@ -37,14 +37,22 @@ void print_table(std::ostream& out, std::span<const Outcome> runs) {
         << std::left << std::setw(name) << "policy" << std::right << "  budget   mean   worst   mean  least"
         << "     end    peak     end    peak  policy    full\n";
     for (const Outcome& run : runs) {
-        out << std::left << std::setw(name) << run.setting.policy << std::right << std::setw(8)
-            << text_of(run.setting.budget) << std::fixed << std::setprecision(3) << std::setw(7)
-            << run.mean_error << std::setw(8) << run.worst_error << std::setw(7) << run.mean_mass
-            << std::setw(7) << run.least_mass << std::setprecision(1) << std::setw(8) << run.rows
-            << std::setw(8) << run.peak_rows << std::setprecision(0) << std::setw(8)
-            << static_cast<double>(run.bytes) / 1e3 << std::setw(8)
-            << static_cast<double>(run.peak_bytes) / 1e3 << std::setw(8) << run.seconds * 1e6 << std::setw(8)
-            << run.full_seconds * 1e6 << '\n';
+        const auto cell = [&](int width, int digits, double value) {
+            out << ' ' << std::fixed << std::setprecision(digits) << std::setw(width) << value;
+        };
+        out << std::left << std::setw(name) << run.setting.policy << std::right << ' ' << std::setw(7)
+            << text_of(run.setting.budget);
+        cell(6, 3, run.mean_error);
+        cell(7, 3, run.worst_error);
+        cell(6, 3, run.mean_mass);
+        cell(6, 3, run.least_mass);
+        cell(7, 1, run.rows);
+        cell(7, 0, static_cast<double>(run.peak_rows));
+        cell(7, 0, static_cast<double>(run.bytes) / 1e3);
+        cell(7, 0, static_cast<double>(run.peak_bytes) / 1e3);
+        cell(7, 0, run.seconds * 1e6);
+        cell(7, 0, run.full_seconds * 1e6);
+        out << '\n';
     }
 }
 

@@ -53,8 +53,15 @@ void add_options(CLI::App& app, Options& options) {
 
 /// Nothing runs before all of it is known to be legal.
 void check_all(const Llama& model, const std::vector<Setting>& settings, const std::vector<Task>& tasks,
-               std::size_t cases) {
-    for (const Setting& setting : settings)
+               std::size_t cases, const Thinking& thinking) {
+    if (thinking.most > 0 && model.config().vocabulary <= word::wait)
+        throw std::runtime_error("--think: the vocabulary is " + std::to_string(model.config().vocabulary) +
+                                 ", want the tiny world's words for thoughts, ids up to " +
+                                 std::to_string(word::wait));
+    for (const Setting& setting : settings) {
+        if (thinking.most > 0 && episode_method(setting.policy))
+            throw std::runtime_error("--think: " + setting.policy +
+                                     " reads a conversation that is given, want 0");
         for (const Task& task : tasks) {
             try {
                 for (std::size_t i = 0; i < std::min(cases, task.cases.size()); ++i)
@@ -66,6 +73,7 @@ void check_all(const Llama& model, const std::vector<Setting>& settings, const s
                                          task.name + ": " + e.what());
             }
         }
+    }
 }
 
 /// Episodes are made of segments: where some method asks for them, tasks without are left out.
@@ -116,7 +124,7 @@ void run(const Options& options) {
     const Llama model(options.model);
     const std::vector<Task> tasks =
         with_segments(read_tasks(options.tasks, options.model, model.config().vocabulary), settings);
-    check_all(model, settings, tasks, options.cases);
+    check_all(model, settings, tasks, options.cases, options.thinking);
     const std::filesystem::path out = options.out;
     const std::filesystem::path json =
         options.json.empty() ? out / "results.json" : std::filesystem::path(options.json);
@@ -140,7 +148,8 @@ void run(const Options& options) {
         std::cout << "pictures: no gnuplot, so no accuracy.svg\n";
     if (options.thinking.most > 0) return;  // every policy has a text of its own
     write_kept_svg(out / "kept.svg", rows, tasks,
-                   examples::telling_budget(budgets, tasks[0].cases[0].prompt.size()));
+                   examples::telling_budget(budgets, tasks[0].cases[0].prompt.size()),
+                   model.config().vocabulary);
     std::cout << "          " << (out / "kept.svg").string() << '\n';
 }
 

@@ -178,22 +178,22 @@ EpisodeComparison compare_case(const Llama& model, const EpisodeMethod& method, 
     Reader reader{model};
     EpisodeComparison all;
 
-    const auto prefilled = [&](const auto& policy, auto prompt) {
-        auto cache = make_cache(model, setting, policy);
+    const auto prefilled = [&](const auto& policy, auto prompt, const Setting& own) {
+        auto cache = make_cache(model, own, policy);
         kvcull::block_prefill(cache, reader, history, method.block, prompt);
         return cache;
     };
     const auto compare = [&](Asked asked, auto cache) { all[asked] += examiner.ask_all(cache); };
-    compare(Asked::infinipot, prefilled(method.policy, kvcull::FixedPrompt{summarise}));
-    compare(Asked::kvzip, prefilled(method.policy, kvcull::RepeatBlock{repeat}));
-    compare(Asked::snapkv, prefilled(method.policy, kvcull::EndOfBlock{}));
-    compare(Asked::keydiff, prefilled(kvcull::KeyDiff{}, kvcull::NoPrompt{}));
-    // The paper's 128 sinks are a sixteenth of its smallest budget.
+    compare(Asked::infinipot, prefilled(method.policy, kvcull::FixedPrompt{summarise}, setting));
+    compare(Asked::kvzip, prefilled(method.policy, kvcull::RepeatBlock{repeat}, setting));
+    compare(Asked::snapkv, prefilled(method.policy, kvcull::EndOfBlock{}, setting));
+    compare(Asked::keydiff, prefilled(kvcull::KeyDiff{}, kvcull::NoPrompt{}, setting));
+    // The paper's 128 sinks are a sixteenth of its smallest budget. What protects every row divides evenly.
     const std::size_t rows = kvcull::budget_tokens(setting.budget, history.size());
-    compare(Asked::streaming,
-            prefilled(kvcull::Streaming{.sinks = std::min<std::size_t>(128, rows / 16)}, kvcull::NoPrompt{}));
+    compare(Asked::streaming, prefilled(kvcull::Streaming{.sinks = std::min<std::size_t>(128, rows / 16)},
+                                        kvcull::NoPrompt{}, {setting.policy, setting.budget}));
     for (std::size_t q = 0; q < example.questions.size(); ++q) {
-        auto cache = prefilled(method.policy, kvcull::FixedPrompt{example.questions[q].ask});
+        auto cache = prefilled(method.policy, kvcull::FixedPrompt{example.questions[q].ask}, setting);
         all[Asked::oracle] += examiner.ask(cache, q);
     }
     all[Asked::full] += examiner.ask_all(examiner.full());
@@ -244,6 +244,11 @@ std::optional<EpisodeMethod> episode_method(const std::string& policy) {
 void check_conversation(const Llama& model, const EpisodeMethod& method, const Setting& setting,
                         std::size_t prompt_tokens) {
     method.settings().check();
+    const auto needed = static_cast<std::size_t>(*std::max_element(summarise.begin(), summarise.end()));
+    if (model.config().vocabulary <= needed)
+        throw kvcull::error::config_error(
+            "epicache: the vocabulary is " + std::to_string(model.config().vocabulary) +
+            ", want the tiny world's words, ids up to " + std::to_string(needed));
     make_cache(model, setting, method.policy).begin_prompt(prompt_tokens);
 }
 

@@ -63,6 +63,16 @@ void check(const Llama& model, const Setting& setting, std::size_t prompt_tokens
     if (const auto method = episode_method(setting.policy))
         return check_conversation(model, *method, setting, prompt_tokens);
     with_policy(setting.policy, [&](auto policy, const auto& steering) {
+        if constexpr (kvcull::Gated<decltype(policy)>) {
+            if (!policy.gated())
+                throw kvcull::error::config_error(std::string(policy.name) + ": gates are missing, want " +
+                                                  "gates=FILE of a model's retention gates");
+            if (const auto hidden = static_cast<std::size_t>(model.embedding().cols());
+                policy.gates.input() != hidden)
+                throw kvcull::error::config_error(std::string(policy.name) + ": gates are for " +
+                                                  std::to_string(policy.gates.input()) +
+                                                  " hidden channels, want " + std::to_string(hidden));
+        }
         kvcull::KVCache cache(shape_of(model), std::move(policy), setting.budget,
                               examples::named_rule(setting.rule));
         cache.begin_prompt(prompt_tokens);

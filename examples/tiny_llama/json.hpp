@@ -71,6 +71,11 @@ class Object {
     [[noreturn]] void wrong(const std::string& key, const std::string& wanted) const {
         fail(where_, "'" + key + "' is " + shown(at(key)) + ", want " + wanted);
     }
+    /// Of an element of a list.
+    [[noreturn]] void wrong_at(const std::string& key, std::size_t index, const std::string& wanted) const {
+        fail(where_, "'" + key + "[" + std::to_string(index) + "]' is " + shown(at(key).at(index)) +
+                         ", want " + wanted);
+    }
 
   private:
     /// Enough of a value to know it by. Lists and objects may be nested deeper than the stack is.

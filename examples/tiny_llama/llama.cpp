@@ -78,6 +78,10 @@ void Llama::finish(std::size_t layer, Activations& a) const {
 
 void Llama::head(std::size_t rows, const Activations& a, RowMajorMatrix& logits) const {
     logits.noalias() = a.normed.bottomRows(static_cast<Eigen::Index>(rows)) * head().transpose();
+    if (!logits.allFinite())
+        throw kvcull::error::state_error(
+            "Llama::forward: logits hold a NaN or infinity, want numbers: a weight is none, or activations "
+            "leave the range of floats");
 }
 
 void Llama::normalise(const RowMajorMatrix& x, const RowVector& weight, RowMajorMatrix& out) const {

@@ -1,8 +1,12 @@
 /// kvcull-record: the queries, keys and values of a run of the model, as a trace for kvcull-replay.
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <iostream>
+#include <sstream>
 #include <string>
+#include <system_error>
+#include <vector>
 
 #include "../common/program.hpp"
 #include "recorder.hpp"
@@ -14,7 +18,7 @@ using namespace tiny_llama;
 struct Options {
     std::string trace, model = TINY_LLAMA_MODEL_DIR, task, dtype = "f16";
     std::size_t number = 0;
-    std::vector<int> prompt;
+    std::string prompt;
     Recording what;
 };
 
@@ -25,7 +29,7 @@ void add_options(CLI::App& app, Options& options) {
     auto* text = app.add_option_group("text")->require_option(1);
     auto* task =
         text->add_option("--task", options.task, "A task file, or the name of a task in the model's folder");
-    text->add_option("--prompt", options.prompt, "Token ids, by commas")->delimiter(',');
+    text->add_option("--prompt", options.prompt, "Token ids, by commas");
     app.add_option("--case", options.number, "Which case of the task, from 0")
         ->needs(task)
         ->check(CLI::Range(0, 1'000'000'000))
@@ -44,15 +48,24 @@ void add_options(CLI::App& app, Options& options) {
         ->capture_default_str();
 }
 
+std::vector<int> tokens_of(const std::string& text, std::size_t vocabulary) {
+    std::vector<int> tokens;
+    std::string part;
+    for (std::istringstream parts(text + ","); std::getline(parts, part, ',');) {
+        int token = -1;
+        const char* const end = part.data() + part.size();
+        const auto [stop, error] = std::from_chars(part.data(), end, token);
+        if (error != std::errc() || stop != end || token < 0 || static_cast<std::size_t>(token) >= vocabulary)
+            throw kvcull::error::config_error("--prompt: token " + std::to_string(tokens.size()) + " is '" +
+                                              part + "', want 0 to " + std::to_string(vocabulary - 1));
+        tokens.push_back(token);
+    }
+    return tokens;
+}
+
 Case case_of(const Options& options, const Llama& model) {
     const std::size_t vocabulary = model.config().vocabulary;
-    if (options.task.empty()) {
-        for (const int token : options.prompt)
-            if (token < 0 || static_cast<std::size_t>(token) >= vocabulary)
-                throw kvcull::error::config_error("--prompt: token is " + std::to_string(token) +
-                                                  ", want 0 to " + std::to_string(vocabulary - 1));
-        return {.prompt = options.prompt};
-    }
+    if (options.task.empty()) return {.prompt = tokens_of(options.prompt, vocabulary)};
     const std::vector<std::string> where{options.task};
     const std::vector<Task> tasks = read_tasks(where, options.model, vocabulary);
     if (tasks.size() != 1)

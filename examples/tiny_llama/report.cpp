@@ -84,7 +84,16 @@ void print_table(std::ostream& out, std::span<const Row> rows) {
         columns.push_back({"second thoughts", 1, [](const Row& row) { return row.second_thoughts; }});
     }
     const auto policies = policies_of(rows), budgets = budgets_of(rows);
-    const int name = static_cast<int>(std::max<std::size_t>(longest(policies), 6)), cell = 7;
+    const int name = static_cast<int>(std::max<std::size_t>(longest(policies), 6));
+    const auto text = [](const Column& column, const Row& row) {
+        std::ostringstream number;
+        number << std::fixed << std::setprecision(column.digits) << column.value(row);
+        return number.str();
+    };
+    std::size_t widest = std::max<std::size_t>(longest(budgets), 6);
+    for (const Column& column : columns)
+        for (const Row& row : rows) widest = std::max(widest, text(column, row).size());
+    const int cell = static_cast<int>(widest) + 1;
 
     for (const std::string& task : tasks_of(rows)) {
         const auto first =
@@ -105,12 +114,11 @@ void print_table(std::ostream& out, std::span<const Row> rows) {
         }
         out << '\n';
         for (const std::string& policy : policies) {
-            out << std::left << std::setw(name) << policy << std::right << std::fixed;
+            out << std::left << std::setw(name) << policy << std::right;
             for (const Column& column : columns) {
                 pad(column);
-                out << std::setprecision(column.digits);
                 for (const std::string& budget : budgets)
-                    out << std::setw(cell) << column.value(find(rows, task, policy, budget));
+                    out << std::setw(cell) << text(column, find(rows, task, policy, budget));
             }
             out << '\n';
         }
@@ -229,7 +237,7 @@ bool write_accuracy_svg(const std::filesystem::path& file, std::span<const Row> 
 }
 
 void write_kept_svg(const std::filesystem::path& file, std::span<const Row> rows, std::span<const Task> tasks,
-                    const kvcull::Budget& budget) {
+                    const kvcull::Budget& budget, std::size_t vocabulary) {
     constexpr double width = 880, bar = 15, pitch = 19, panel_top = 34, panel_gap = 26, top = 58;
     struct Style {
         Kind kind;
@@ -265,7 +273,7 @@ void write_kept_svg(const std::filesystem::path& file, std::span<const Row> rows
     double y = top;
     for (const std::string& name : names) {
         const Case& example = find(tasks, name).cases.front();
-        const std::vector<Kind> kind = kinds(example);
+        const std::vector<Kind> kind = kinds(example, vocabulary);
         const double token = width / static_cast<double>(kind.size());
         label(10, y + 20, name, "font-weight='bold' font-size='14'");
         label(

@@ -30,8 +30,8 @@ void write_json(const std::filesystem::path& file, std::span<const Row> rows);
                                       std::span<const Task> tasks);
 
 /// The tokens that the KV heads still hold after prompt and stream of each task's first case: a panel per
-/// task, a row per policy, at `budget`.
+/// task, a row per policy, at `budget`. `vocabulary`: the model's, which tells whether kinds are known.
 void write_kept_svg(const std::filesystem::path& file, std::span<const Row> rows, std::span<const Task> tasks,
-                    const kvcull::Budget& budget);
+                    const kvcull::Budget& budget, std::size_t vocabulary);
 
 }  // namespace tiny_llama

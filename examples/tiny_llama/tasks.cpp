@@ -1,7 +1,7 @@
 #include "tasks.hpp"
 
 #include <algorithm>
-#include <optional>
+#include <cstdio>
 #include <set>
 
 #include "json.hpp"
@@ -16,7 +16,7 @@ std::vector<int> read_tokens(const Object& object, const std::string& key, std::
     std::vector<int> tokens;
     for (const json& token : object.list(key)) {
         if (!token.is_number_unsigned() || token.get<std::size_t>() >= vocabulary)
-            object.wrong(key, "token ids below " + std::to_string(vocabulary));
+            object.wrong_at(key, tokens.size(), "a token id below " + std::to_string(vocabulary));
         tokens.push_back(token.get<int>());
     }
     return tokens;
@@ -28,6 +28,8 @@ std::vector<float> read_embedding(const json& list, const Object& object, const 
         for (const json& number : list)
             if (number.is_number()) embedding.push_back(number.get<float>());
     if (embedding.empty() || embedding.size() != list.size()) object.wrong(key, "numbers");
+    if (std::all_of(embedding.begin(), embedding.end(), [](float x) { return x == 0.0F; }))
+        object.wrong(key, "a direction, so not zeros alone");
     return embedding;
 }
 
@@ -47,6 +49,21 @@ std::vector<TextSegment> read_segments(const Object& object, std::size_t tokens)
     for (std::size_t i = 0; i < segments.size(); ++i)
         segments[i].embedding = read_embedding(embeddings[i], object, "embeddings");
     return segments;
+}
+
+/// Segments and questions meet in one space, or none of them has an embedding.
+void check_embeddings(const Object& object, const Case& example) {
+    if (example.segments.empty()) return;
+    const std::size_t size = example.segments.front().embedding.size();
+    for (const TextSegment& one : example.segments)
+        if (one.embedding.size() != size)
+            object.wrong("embeddings", "one number of channels, as the first has: " + std::to_string(size));
+    object.each("questions", [&, q = std::size_t{0}](const Object& question) mutable {
+        const std::size_t own = example.questions[q++].embedding.size();
+        if (own > 0 && own != size)
+            question.wrong("embedding", std::to_string(size) + " numbers, as many as segments have");
+        if (own == 0 && size > 0) (void)question.at("embedding");  // is missing
+    });
 }
 
 Case read_case(const Object& object, std::size_t vocabulary) {
@@ -69,13 +86,11 @@ Case read_case(const Object& object, std::size_t vocabulary) {
     });
     if (example.prompt.empty()) object.wrong("prompt", "at least one token");
     if (object.has("segments")) example.segments = read_segments(object, example.size());
+    check_embeddings(object, example);
     return example;
 }
 
-/// Nothing if the file holds something else than a task.
-std::optional<Task> read_task(const fs::path& path, std::size_t vocabulary) {
-    const json file = read_json(path);
-    if (!file.is_object() || !file.contains("task") || !file.contains("cases")) return std::nullopt;
+Task read_task(const json& file, const fs::path& path, std::size_t vocabulary) {
     const Object object(file, path.string());
     Task task{.name = object.get<std::string>("task")};
     object.each("cases",
@@ -84,13 +99,22 @@ std::optional<Task> read_task(const fs::path& path, std::size_t vocabulary) {
     return task;
 }
 
+/// The tasks among the files of a folder. A model's folder may hold files that are no JSON but their name.
 std::vector<Task> read_folder(const fs::path& folder, std::size_t vocabulary) {
     std::set<fs::path> files;  // in order of names
     for (const auto& item : fs::directory_iterator(folder))
         if (item.path().extension() == ".json") files.insert(item.path());
     std::vector<Task> tasks;
-    for (const fs::path& file : files)
-        if (auto task = read_task(file, vocabulary)) tasks.push_back(std::move(*task));
+    for (const fs::path& path : files) {
+        json file;
+        try {
+            file = read_json(path);
+        } catch (const kvcull::error::format_error& e) {
+            std::fprintf(stderr, "so not a task: %s\n", e.what());
+            continue;
+        }
+        if (file.is_object() && file.contains("task")) tasks.push_back(read_task(file, path, vocabulary));
+    }
     return tasks;
 }
 
@@ -125,9 +149,7 @@ std::vector<Task> read_tasks(std::span<const std::string> where, const fs::path&
         if (fs::is_directory(item)) {
             add_folder(item);
         } else if (fs::exists(item)) {
-            auto task = read_task(item, vocabulary);
-            if (!task) fail(item, "'task' is missing");
-            add(std::move(*task), item);
+            add(read_task(read_json(item), item, vocabulary), item);
         } else {
             add_named(item);
         }
@@ -135,13 +157,14 @@ std::vector<Task> read_tasks(std::span<const std::string> where, const fs::path&
     return tasks;
 }
 
-std::vector<Kind> kinds(const Case& example) {
+std::vector<Kind> kinds(const Case& example, std::size_t vocabulary) {
     constexpr int stop = 2, wait = 6, so = 7, topics = 8, names = 24, values = 152, words = 280, end = 448;
     const auto within = [](int token, int first, int last) { return token >= first && token < last; };
 
     std::vector<int> tokens = example.prompt;
     tokens.insert(tokens.end(), example.stream.begin(), example.stream.end());
     std::vector<Kind> kinds(tokens.size(), Kind::other);
+    if (vocabulary != end) return kinds;
     const auto asked = [&](int name) {
         return std::any_of(example.questions.begin(), example.questions.end(), [&](const Question& question) {
             return std::find(question.ask.begin(), question.ask.end(), name) != question.ask.end();

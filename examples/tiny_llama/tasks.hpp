@@ -42,10 +42,11 @@ struct Task {
 [[nodiscard]] std::vector<Task> read_tasks(std::span<const std::string> where,
                                            const std::filesystem::path& home, std::size_t vocabulary);
 
-/// What a token of the tiny world is part of (ids and sentences: model/README.md).
+/// What a token of the tiny world is part of (ids and sentences: model/README.md); `other` in a model of
+/// another vocabulary.
 enum class Kind { asked_fact, fact, filler, thought, other };
 
 /// The kind of every token of prompt and stream. A fact is `asked` if a question of the case asks for it.
-[[nodiscard]] std::vector<Kind> kinds(const Case& example);
+[[nodiscard]] std::vector<Kind> kinds(const Case& example, std::size_t vocabulary);
 
 }  // namespace tiny_llama

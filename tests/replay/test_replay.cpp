@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <kvcull/base/error.hpp>
+#include <limits>
 
 #include "common/named_policies.hpp"
 #include "random_trace.hpp"
@@ -149,6 +150,18 @@ TEST_CASE("rows of another type cost what their rounding costs, and less memory"
     }
 }
 
+TEST_CASE("rows beyond a type's range cost everything, numbers beyond a float's are refused",
+          "[replay][contract]") {
+    Trace trace = random_trace();
+    for (float& x : trace.layers[0].v) x *= 1e6F;
+    const Outcome narrow = run(trace, {"full", {.tokens = 40}, "", kvcull::DType::f16});
+    CHECK(narrow.worst_error == std::numeric_limits<double>::infinity());
+    CHECK(narrow.mean_error == std::numeric_limits<double>::infinity());
+    std::fill(trace.layers[0].q.begin(), trace.layers[0].q.end(), 1e20F);
+    std::fill(trace.layers[0].k.begin(), trace.layers[0].k.end(), 1e20F);
+    CHECK_THROWS_AS(run(trace, {"full", {.tokens = 40}}), kvcull::error::format_error);
+}
+
 TEST_CASE("an illegal setting is refused before anything runs", "[replay][contract]") {
     using kvcull::error::config_error;
     const Trace trace = random_trace();
@@ -156,6 +169,7 @@ TEST_CASE("an illegal setting is refused before anything runs", "[replay][contra
     CHECK_THROWS_WITH(check(trace, {"lru", {.tokens = 8}}), contains_text("want one of full, streaming"));
     CHECK_THROWS_AS(check(trace, {"snapkv", {.tokens = 8}}), config_error);
     CHECK_THROWS_AS(check(trace, {"snapkv", {.ratio = 0.5}}), config_error);
+    CHECK_THROWS_WITH(check(trace, {"trimkv", {.tokens = 8}}), contains_text("that a trace does not hold"));
 }
 
 }  // namespace

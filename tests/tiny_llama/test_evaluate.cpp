@@ -216,6 +216,7 @@ TEST_CASE("an illegal setting is refused before anything runs", "[tiny_llama][co
     CHECK_THROWS_AS(check({"snapkv", {.tokens = 32}}), config_error);
     CHECK_THROWS_AS(check({"snapkv", {.ratio = 0.05}}), config_error);
     CHECK_THROWS_AS(check({"snapkv:kernel=4", {.tokens = 96}}), config_error);
+    CHECK_THROWS_WITH(check({"trimkv", {.tokens = 96}}), contains_text("trimkv: gates are missing"));
     CHECK_THROWS_AS(run({"snapkv", {.tokens = 32}}, task("needle"), 2, 0, 2), config_error);
 }
 

@@ -237,6 +237,12 @@ TEST_CASE("a hook sees what enters every layer and what leaves the last, and may
         });
         CHECK(got.isZero(0.0F));
     }
+    SECTION("logits that are no numbers are an error, not a token") {
+        const auto spoil = [&](const tiny_llama::LayerInput& at) {
+            if (at.layer == layers) at.hidden[0][0] = kvcull::quiet_nan();
+        };
+        CHECK_THROWS_AS(run(got, spoil), kvcull::error::state_error);
+    }
 }
 
 TEST_CASE("f32 and bf16 weights, shards and an untied head give what they should",

@@ -86,15 +86,23 @@ TEST_CASE("the table shows every policy at every budget", "[tiny_llama][contract
     CHECK_THAT(out.str(), says("a<b (3 questions)"));
     CHECK_THAT(out.str(), says("budget                96   0.25"));
     CHECK_THAT(out.str(), says("snapkv:window=8    0.667  0.000        1      0"));
+    std::vector<Row> large(rows.begin(), rows.end());
+    for (Row& row : large) row.kv_bytes = 2e12;
+    out.str("");
+    print_table(out, large);
+    CHECK_THAT(out.str(), says(" 2000000000 2000000000 "));
 }
 
 TEST_CASE("kept.svg draws a row per policy and colours what is kept", "[tiny_llama][contract]") {
     const Folder folder;
-    write_kept_svg(folder.path / "k.svg", rows, tasks, {.tokens = 96});
+    write_kept_svg(folder.path / "k.svg", rows, tasks, {.tokens = 96}, 448);
     const std::string svg = text_of(folder.path / "k.svg");
     CHECK_THAT(svg, says("<svg ") && says("</svg>") && says("a&lt;b") && !says("a<b"));
     CHECK_THAT(svg, says(">the text<") && says(">full<") && says(">snapkv:window=8<"));
-    CHECK_THAT(svg, says("fill='#b3001b' fill-opacity='0.5'"));  // half of the heads hold the asked fact
+    const char* const half_asked = "fill='#b3001b' fill-opacity='0.5'";  // of the heads hold the asked fact
+    CHECK_THAT(svg, says(half_asked));
+    write_kept_svg(folder.path / "k.svg", rows, tasks, {.tokens = 96}, 1000);  // another model's words
+    CHECK_THAT(text_of(folder.path / "k.svg"), !says(half_asked));
 }
 
 TEST_CASE("accuracy.svg is drawn where there is gnuplot", "[tiny_llama][contract]") {

@@ -82,7 +82,8 @@ TEST_CASE("tasks are found by folder, file and name", "[tiny_llama][contract]") 
 TEST_CASE("a task that is not there is an error that lists those that are", "[tiny_llama][contract]") {
     CHECK_THAT(complaint({"nedle"}), says("task nedle") && says("are: asked, needle, thoughts, topics"));
     CHECK_THAT(complaint({"needle", "needle"}), says("'needle' is given twice"));
-    CHECK_THAT(complaint({(model_folder / "vocab.json").string()}), says("'task' is missing"));
+    CHECK_THAT(complaint({(model_folder / "vocab.json").string()}), says("want an object"));
+    CHECK_THAT(complaint({(model_folder / "config.json").string()}), says("'task' is missing"));
     const Folder folder;
     CHECK_THAT(complaint({folder.path.string()}), says("holds no JSON file"));
     CHECK_THAT(complaint({}, folder.path), says("holds no JSON file"));
@@ -98,9 +99,10 @@ TEST_CASE("a malformed task names file, place, got and want", "[tiny_llama][cont
         return complaint({folder.write("t.json", changed)});
     };
     REQUIRE(complaint({folder.write("t.json", good)}).empty());
-    CHECK_THAT(with("/cases/0/prompt/1", 448), says("t.json: cases[0]") && says("want token ids below 448"));
-    CHECK_THAT(with("/cases/0/prompt/1", -1), says("want token ids"));
-    CHECK_THAT(with("/cases/0/prompt/1", "a"), says("want token ids"));
+    CHECK_THAT(with("/cases/0/prompt/1", 448),
+               says("t.json: cases[0]: 'prompt[1]' is 448, want a token id below 448"));
+    CHECK_THAT(with("/cases/0/prompt/1", -1), says("'prompt[1]' is -1, want a token id"));
+    CHECK_THAT(with("/cases/0/prompt/1", "a"), says("'prompt[1]' is \"a\", want a token id"));
     CHECK_THAT(with("/cases/0/prompt", json::array()), says("'prompt' is [], want at least one token"));
     CHECK_THAT(with("/cases/0/prompt", nullptr), says("'prompt' is missing"));
     CHECK_THAT(with("/cases/0/stream", 1), says("'stream' is 1, want a list"));
@@ -115,6 +117,7 @@ TEST_CASE("a malformed task names file, place, got and want", "[tiny_llama][cont
                says("'embedding' is [1,\"a\"], want numbers"));
     CHECK_THAT(with("/cases", json::array()), says("'cases' is [], want at least one case"));
     CHECK_THAT(with("/task", 3), says("'task' is 3, want a string"));
+    CHECK_THAT(with("/cases", nullptr), says("'cases' is missing"));
     std::ofstream(folder.path / "t.json") << "{\"task\": ";
     CHECK_THAT(complaint({(folder.path / "t.json").string()}), says("t.json: ") && says("parse error"));
 }
@@ -133,6 +136,26 @@ TEST_CASE("a file may bring embeddings, one for each of its segments", "[tiny_ll
     CHECK(one.questions[0].embedding == std::vector<float>{0.5F, 2});
     example["embeddings"].erase(1);
     CHECK_THAT(complaint({file()}), says("want one for each of 2 segments"));
+    example["embeddings"] = {{1, 0.5}, {0, 1, 2}};
+    CHECK_THAT(complaint({file()}), says("want one number of channels, as the first has: 2"));
+    example["embeddings"] = {{1, 0.5}, {0, 0}};
+    CHECK_THAT(complaint({file()}), says("want a direction, so not zeros alone"));
+    example["embeddings"] = {{1, 0.5, 3}, {0, 1, 2}};
+    CHECK_THAT(complaint({file()}), says("questions[0]: 'embedding' is [0.5,2], want 3 numbers"));
+    example["questions"][0].erase("embedding");
+    CHECK_THAT(complaint({file()}), says("questions[0]: 'embedding' is missing"));
+    example.erase("embeddings");
+    CHECK(complaint({file()}).empty());
+}
+
+TEST_CASE("files of a folder that are no JSON are none of its tasks", "[tiny_llama][contract]") {
+    const Folder folder;
+    const json question{{"ask", {3, 4}}, {"answer", {5}}};
+    folder.write("t.json", {{"task", "t"}, {"cases", {{{"prompt", {1, 2}}, {"questions", {question}}}}}});
+    std::ofstream(folder.path / "state.json") << R"({"loss": NaN})";
+    CHECK(read({folder.path.string()}).size() == 1);
+    folder.write("typo.json", {{"task", "u"}, {"case", json::array()}});
+    CHECK_THAT(complaint({folder.path.string()}), says("typo.json: 'cases' is missing"));
 }
 
 TEST_CASE("sentences of the tiny world are told apart", "[tiny_llama][property]") {
@@ -141,7 +164,8 @@ TEST_CASE("sentences of the tiny world are told apart", "[tiny_llama][property]"
                        .stream = {4, 6, 24, 152, 2, 5, 3, 3, 25, 2},
                        .questions = {{.ask = {3, 25}, .answer = {153}}}};
     std::string letters;
-    for (const Kind kind : tiny_llama::kinds(example)) letters += "Af.to"[static_cast<std::size_t>(kind)];
+    for (const Kind kind : tiny_llama::kinds(example, 448))
+        letters += "Af.to"[static_cast<std::size_t>(kind)];
     CHECK(letters == "offff....AAAAottttooooo");
 }
 
