@@ -472,17 +472,23 @@ TEST_CASE("a mark costs no rows until they change, and release frees what only i
     REQUIRE(pool.bytes() <= 2 * bytes);
     cache.release(mark);
     REQUIRE(pool.bytes() > bytes);  // its twin holds the same blocks
-    REQUIRE(failure<error::state_error>([&] { cache.rollback(mark); }) ==
+    const std::string released =
+        "mark is " + std::to_string(mark.serial) + ", want a mark of this cache that was not released";
+    REQUIRE(failure<error::state_error>([&] { cache.rollback(mark); }) == "KVCache::rollback: " + released);
+    REQUIRE(failure<error::state_error>([&] { cache.release(mark); }) == "KVCache::release: " + released);
+    REQUIRE(failure<error::state_error>([&] { cache.rollback(Mark{}); }) ==
             "KVCache::rollback: mark is 0, want a mark of this cache that was not released");
-    REQUIRE(failure<error::state_error>([&] { cache.release(mark); }) ==
-            "KVCache::release: mark is 0, want a mark of this cache that was not released");
-    REQUIRE(failure<error::state_error>([&] { cache.rollback(Mark{7}); }) ==
-            "KVCache::rollback: mark is 7, want a mark of this cache that was not released");
+    {
+        KVCache other = cache.fork();
+        const Mark own = other.mark();
+        REQUIRE_THROWS_AS(other.rollback(twin), error::state_error);  // not another mark in its place
+        REQUIRE_THROWS_AS(cache.rollback(own), error::state_error);
+    }
     cache.rollback(twin);
     cache.release(twin);
     REQUIRE(pool.bytes() == bytes);
     const Mark third = cache.mark();
-    REQUIRE(third.serial == 2);  // serials are not used twice
+    REQUIRE(third.serial > twin.serial);  // serials are not used twice
     cache.append(0, stream.k(0, 40, 1), stream.v(0, 40, 1));
     REQUIRE(failure<error::state_error>([&] { (void)cache.mark(); }) ==
             "KVCache::mark: call is inside a step, want after end_step");
@@ -549,6 +555,74 @@ TEST_CASE("a fork that will not evict asks for no blocks to evict with", "[prope
     run(LaqLike{}, {.tokens = 13});
     run(EpiLike{}, {.tokens = 13});
     run(H2O{}, {.tokens = 60});
+}
+
+TEST_CASE("what copies no shared block asks a full pool for none", "[property]") {
+    const TokenStream stream(small, 80, 12);
+    const auto run = [&](auto policy, std::size_t budget, const auto& call) {
+        CAPTURE(policy.name);
+        BlockPool pool({.block_rows = 4});
+        KVCache cache(small, policy, Budget{.tokens = budget}, pool);
+        cache.begin_prompt();
+        feed(cache, stream, 0, 42);
+        const KVCache sharer = cache.fork();
+        pool.set_limit(pool.bytes());
+        REQUIRE_NOTHROW(call(cache));
+        pool.set_limit(SIZE_MAX);
+    };
+    const auto end = [](auto& cache) { cache.end_prompt(); };
+    const auto take_back = [](auto& cache) { cache.truncate(9); };
+    const auto make_room = [](auto& cache) { cache.make_room(8); };
+    run(H2O{}, 60, end);
+    run(H2O{}, 60, take_back);
+    run(H2O{}, 60, make_room);
+    run(Streaming{}, 42, end);
+    run(SnapKV{.window = 4}, 60, take_back);
+}
+
+TEST_CASE("a prompt that is taken back in part and goes on is evicted at its end", "[property]") {
+    const TokenStream stream(small, 80, 13);
+    const auto run = [&](auto policy) {
+        for (const bool announced : {true, false}) {
+            CAPTURE(policy.name, announced);
+            BlockPool pool({.block_rows = 4});
+            KVCache cache(small, policy, Budget{.tokens = 14}, pool);
+            cache.begin_prompt(announced ? std::optional<std::size_t>{40} : std::nullopt);
+            feed(cache, stream, 0, 40);
+            cache.truncate(11);
+            feed(cache, stream, 29, 11);
+            cache.end_prompt();
+            for (std::size_t i = 0; i < 4; ++i) REQUIRE(cache.rows(i / 2, i % 2) == 14);
+        }
+    };
+    run(SnapKV{.window = 4});
+    run(Tova{});
+    run(H2O{.recent = 3});
+    run(KeyDiff{});
+}
+
+TEST_CASE("a budget or a slack beyond what heads can hold is no limit, also where heads share it",
+          "[property]") {
+    const TokenStream stream(small, 80, 14);
+    for (const std::size_t tokens : {SIZE_MAX, SIZE_MAX / 2 + 1, SIZE_MAX / 4 + 1}) {
+        BlockPool pool({.block_rows = 4});
+        KVCache cache(small, TrimDynamicLike{}, Budget{.tokens = tokens}, pool);
+        KVCache waits(small, TrimDynamicLike{}, Budget{.tokens = 4, .slack = tokens}, pool);
+        for (std::size_t token = 0; token < 20; ++token)
+            for (auto* const one : {&cache, &waits}) {
+                Outputs out(small, 1);
+                for (std::size_t layer = 0; layer < small.layers; ++layer) {
+                    one->append(layer, stream.k(layer, token, 1), stream.v(layer, token, 1),
+                                {.log_beta = {stream.k(layer, token, 1).data, 2, 1}});
+                    one->attend(layer, stream.q(layer, token, 1), out.layer(layer));
+                }
+                one->end_step();
+            }
+        for (std::size_t i = 0; i < 4; ++i) {
+            CHECK(cache.rows(i / 2, i % 2) == 20);
+            CHECK(waits.rows(i / 2, i % 2) == 20);
+        }
+    }
 }
 
 TEST_CASE("a fork of a plan holds what the plan keeps, and a plan for other rows is refused", "[contract]") {

@@ -185,6 +185,17 @@ TEST_CASE("bytes of another cache are refused by what differs", "[contract]") {
     other = of;
     other.dtype = DType::bf16;
     CHECK(refusal(other, EpiCache{}) == "load: dtype is f32, want bf16");
+    other = of;
+    other.scale = 0.5F;
+    CHECK_THAT(refusal(other, EpiCache{}),
+               contains_text("load: scale is 0.7071") && contains_text("want 0.5"));
+    other = of;
+    other.softcap = 30.0F;
+    CHECK(refusal(other, EpiCache{}) == "load: softcap is 0, want 30");
+    other = of;
+    other.traits.assign(of.layers, {});
+    other.traits[0].evicts = false;
+    CHECK(refusal(other, EpiCache{}) == "load: spared_layers is , want 0");
     CHECK(refusal(of, Streaming{}) == "load: policy is epicache, want streaming");
     const std::vector<std::byte> foreign = SafeTensors::serialize({{"format", "pt"}}, {});
     CHECK(failure<error::format_error>([&] { load(cache, foreign); }) == "load: dtype is missing, want f32");

@@ -192,8 +192,9 @@ class Decision : public Terms<P, Rule> {
             leave(live, first + h, cached[h].position, Reason::out_of_window, plan);
         live.gone[layer] = shape.layer(layer).first_seen(live.call_reach.next);
     }
-    /// Rows of positions from `end` on leave.
+    /// Rows of positions from `end` on leave, and no others.
     void truncate(const Live<P>& live, CacheView cached, position_t end, Plan& plan) {
+        plan.clear();
         for (std::size_t i = 0; i < cached.heads.size(); ++i) {
             keeps_[0].clear();
             for (std::size_t j = 0; j < live.rows[i]; ++j)

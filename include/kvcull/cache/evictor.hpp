@@ -104,9 +104,9 @@ class Evictor {
         require_idle("Evictor::hold");
         live_.hold = on;
     }
-    void restore(Live<P> live) noexcept {
+    Live<P> restore(Live<P> live) noexcept {
         if (live_.held.empty()) live.held.clear();  // the views are trusted
-        live_ = std::move(live);
+        return std::exchange(live_, std::move(live));
     }
 
     /// Bytes of per-row policy state.
@@ -403,9 +403,9 @@ class Evictor {
     }
 
     /// Takes back the last `tokens` tokens. Rows and their state go; what the taken rows gave others stays
-    /// (`mark` and `rollback` of a cache restore that too).
+    /// (`mark` and `rollback` of a cache restore that too). If `ready` throws over the plan, nothing changes.
     /// @throws shape_error for tokens from before the last gap in positions: rows tell no token from a gap.
-    const Plan& truncate(CacheView cached, std::size_t tokens) {
+    const Plan& truncate(CacheView cached, std::size_t tokens, const PlanCheck& ready = {}) {
         constexpr std::string_view where = "Evictor::truncate";
         require_idle(where);
         check_all(where, cached);
@@ -419,8 +419,8 @@ class Evictor {
                 "tokens", tokens,
                 detail::text("few enough for the rows that left the window of layer ", layer));
         show_waiting(cached.heads, 0);
-        plan_.clear();
         decision_.truncate(live_, cached, end, plan_);
+        if (ready) ready(plan_);
         live_.take_back(plan_, cached.heads, tokens);
         return plan_;
     }

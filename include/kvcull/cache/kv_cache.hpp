@@ -2,6 +2,7 @@
 /// KVCache: block storage and an evictor. Append, attend, end the step; the budget holds by itself.
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <limits>
 #include <memory>
@@ -20,7 +21,12 @@ namespace kvcull::inline KVCULL_ABI {
 
 namespace detail {
 struct JointCalls;
+/// A number that no other mark has, of whatever cache.
+[[nodiscard]] inline std::size_t next_serial() noexcept {
+    static std::atomic<std::size_t> serial{1};
+    return serial.fetch_add(1, std::memory_order_relaxed);
 }
+}  // namespace detail
 
 /// Names a state of one cache that `rollback` restores.
 struct Mark {
@@ -38,7 +44,9 @@ struct Mark {
 ///     cache.attend(layer, q, out); } cache.end_step(); }
 ///
 /// Every call checks its arguments and reserves its memory before anything changes: when it throws, the cache
-/// is as it was. Keys come rotated and keep their rotation: positions are absolute.
+/// is as it was; but what a bias, a trace or a policy of the caller's throws in `attend` leaves it within the
+/// step: roll it back to a mark or drop it. Keys come rotated and keep their rotation: positions are
+/// absolute.
 template <Policy P, BudgetRule Rule = Uniform>
 class KVCache {
   public:
@@ -193,7 +201,8 @@ class KVCache {
             rewrite([&]() -> const Plan& { return evictor_.end_prompt(view()); });
     }
 
-    /// Pauses eviction, for questions asked of a compressed prompt.
+    /// Pauses eviction, for questions asked of a compressed prompt. A policy that acts once per prompt does
+    /// not catch up on a prompt that ends meanwhile: call `make_room`.
     void hold(bool on) { evictor_.hold(on); }
     /// See Evictor::pin.
     void pin(position_t begin, position_t end) { evictor_.pin(begin, end); }
@@ -203,7 +212,9 @@ class KVCache {
     }
     /// Drops the last `tokens` tokens. See Evictor::truncate.
     void truncate(std::size_t tokens) {
-        rewrite([&]() -> const Plan& { return evictor_.truncate(view(), tokens); });
+        const auto copies = [this](const Plan& plan) { reserve_copies(plan); };
+        carry_out(undo_spares_on_error(
+            storage_.spares(), [&]() -> const Plan& { return evictor_.truncate(view(), tokens, copies); }));
     }
     /// See Evictor::probe.
     void probe(std::size_t layer, HeadsView<const float> q, HeadsView<const float> k,
@@ -220,8 +231,8 @@ class KVCache {
     /// rows.
     [[nodiscard]] Mark mark() {
         require_idle("KVCache::mark");
-        marks_.push_back({next_mark_, storage_, evictor_.live()});
-        return {next_mark_++};
+        marks_.push_back({detail::next_serial(), storage_, evictor_.live()});
+        return {marks_.back().serial};
     }
     /// Back to the mark, bit for bit, from within a step too. The mark stays.
     void rollback(Mark mark) {
@@ -428,12 +439,6 @@ class KVCache {
         }
         return blocks;
     }
-    /// Blocks for evictions that must copy shared ones.
-    void reserve_rewrite() {
-        std::size_t blocks = 0;
-        for (std::size_t i = 0; i < views_.size(); ++i) blocks += storage_.blocks_needed(i, 0, true);
-        storage_.reserve_spares(blocks);
-    }
     void release_spares() noexcept {
         storage_.keep_freed(false);
         storage_.release_spares(reserved_ - std::min(reserved_, table_blocks()));
@@ -448,14 +453,39 @@ class KVCache {
             throw;
         }
     }
-    /// Carries out the plan that `call` returns, with blocks for what it may copy.
+    /// Carries out the plan that `call` returns. Only the plan tells which shared blocks are to be copied: if
+    /// the pool has none to copy them to, what was remembered before the call comes back.
     template <class Call>
     void rewrite(Call&& call) {
-        const Plan& plan = undo_spares_on_error(storage_.spares(), [&]() -> const Plan& {
-            reserve_rewrite();
-            note_peak();
-            return call();
-        });
+        storage_.reserve_spares(0);
+        note_peak();
+        carry_out(storage_.shares() ? copying(call) : call());
+    }
+    template <class Call>
+    const Plan& copying(Call&& call) {
+        Live<P> own(evictor_.live());
+        for (auto& state : own.states) reserve_state(state, reserved_rows_);
+        Live<P> before = evictor_.restore(std::move(own));
+        try {
+            return undo_spares_on_error(storage_.spares(), [&]() -> const Plan& {
+                const Plan& plan = call();
+                reserve_copies(plan);
+                return plan;
+            });
+        } catch (...) {
+            evictor_.restore(std::move(before));
+            throw;
+        }
+    }
+    /// Blocks for what a plan copies of shared ones.
+    void reserve_copies(const Plan& plan) {
+        std::size_t blocks = 0;
+        for (std::size_t i = 0; i < plan.size(); ++i)
+            blocks += storage_.blocks_copied(flat(plan[i].layer, plan[i].head), plan[i].moves);
+        storage_.reserve_spares(blocks);
+        note_peak();
+    }
+    void carry_out(const Plan& plan) noexcept {
         storage_.keep_freed(true);  // what was reserved stays here
         apply(plan);
         release_spares();
@@ -492,7 +522,7 @@ class KVCache {
     std::vector<HeadView> views_;
     std::vector<position_t> positions_;     // of the call that runs now
     std::vector<const std::byte*> blocks_;  // scratch of `note_peak`
-    std::size_t reserved_ = 0, reserved_rows_ = 0, peak_ = 0, next_mark_ = 0;
+    std::size_t reserved_ = 0, reserved_rows_ = 0, peak_ = 0;
 };
 
 template <Policy P>

@@ -150,13 +150,15 @@ struct Live {
         }
         commit(plan);
     }
-    /// The newest `tokens` tokens leave as the plan says. That is no eviction: intervals go on counting.
+    /// The newest `tokens` tokens leave as the plan says. That is no eviction: intervals go on counting. The
+    /// rest of a prompt may still come, and its last decision with it.
     void take_back(const Plan& plan, std::span<const HeadView> cached, std::size_t tokens) {
         std::vector<std::size_t> left = since;
         for (std::size_t& count : left) count -= std::min(count, tokens);
         commit(plan, cached, 0);
         since.swap(left);
         seen -= tokens;
+        if (phase == Phase::prompt) std::fill(decided.begin(), decided.end(), std::uint8_t{0});
         reach = call_reach = {reach.next - static_cast<position_t>(tokens), reach.unbroken - tokens};
     }
     /// The positions of a layer's newest `added` rows count as held from now on.

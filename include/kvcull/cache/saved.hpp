@@ -2,6 +2,8 @@
 /// A cache as bytes: a safetensors file of rows, positions, lengths and per-row state, with a checksum.
 
 #include <algorithm>
+#include <array>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -74,9 +76,16 @@ class Checksum {
     return row_bytes(type, dim) / size_of(element_type(type));
 }
 [[nodiscard]] inline SafeTensors::Metadata describe(const CacheShape& shape, std::string_view policy) {
-    std::string windows;
-    for (std::size_t layer = 0; layer < shape.layers; ++layer)
+    std::string windows, spared;
+    for (std::size_t layer = 0; layer < shape.layers; ++layer) {
         windows.append(layer == 0 ? "" : " ").append(std::to_string(shape.layer(layer).window));
+        if (!shape.layer(layer).evicts)
+            spared.append(spared.empty() ? "" : " ").append(std::to_string(layer));
+    }
+    const auto number = [](float x) {  // the shortest text that reads as the same float
+        std::array<char, 32> digits;
+        return std::string(digits.data(), std::to_chars(digits.data(), digits.data() + digits.size(), x).ptr);
+    };
     return {{"format", "kvcull cache"},
             {"version", "1"},
             {"policy", std::string(policy)},
@@ -87,6 +96,9 @@ class Checksum {
             {"value_dim", std::to_string(shape.values())},
             {"latent", shape.latent ? "true" : "false"},
             {"windows", windows},
+            {"spared_layers", spared},
+            {"scale", number(shape.logit_scale())},
+            {"softcap", number(shape.softcap)},
             {"dtype", std::string(name_of(shape.dtype))}};
 }
 

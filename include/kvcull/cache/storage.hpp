@@ -143,6 +143,18 @@ class Storage {
         }
         return count;
     }
+    /// Spares that `apply` of these moves takes: every shared block that it writes. Cost: O(moves).
+    [[nodiscard]] std::size_t blocks_copied(std::size_t head, std::span<const Move> moves) const noexcept {
+        std::size_t count = 0, last = layout_.blocks_for(rows(head));  // none
+        if (!shares()) return 0;
+        for (const Move& move : moves) {
+            const std::size_t block = static_cast<std::size_t>(move.to) / layout_.block_rows;
+            if (move.from == move.to || block == last) continue;
+            last = block;
+            count += BlockPool::use_count(tables_[head].blocks[block]) > 1 ? 1 : 0;
+        }
+        return count;
+    }
     /// Fewest spares that come back when `head`, `rows` rows longer, is cut to `after` rows while freed
     /// blocks are kept. Cost: O(blocks of the head).
     [[nodiscard]] std::size_t blocks_freed(std::size_t head, std::size_t rows,
@@ -171,6 +183,8 @@ class Storage {
         }
     }
     [[nodiscard]] std::size_t spares() const noexcept { return spares_.size(); }
+    /// Whether blocks may be shared with another storage.
+    [[nodiscard]] bool shares() const noexcept { return shares_.load(std::memory_order_relaxed); }
     /// Makes room in every table for `rows` rows (8 bytes per block), so that no append up to there
     /// allocates. An append beyond it may call the allocator, whose failure would end the program: reserve
     /// first.
@@ -314,7 +328,6 @@ class Storage {
         return layout;
     }
 
-    [[nodiscard]] bool shares() const noexcept { return shares_.load(std::memory_order_relaxed); }
     void mark_shared(const Storage& other) noexcept {
         shares_.store(true, std::memory_order_relaxed);
         other.shares_.store(true, std::memory_order_relaxed);

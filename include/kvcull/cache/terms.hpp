@@ -272,8 +272,11 @@ class Terms {
             check<config_error>(!pools_model() || !spares(index), where, text("layer ", index),
                                 "spared from eviction", "one like the others, as layers agree on their rows");
     }
-    /// The budget in tokens. One of memory is that of all layers: those with a window take theirs first.
+    /// The budget in tokens, no more than a head can hold, so that sums over heads do not wrap around. One of
+    /// memory is that of all layers: those with a window take theirs first.
     [[nodiscard]] Budget tokens_of(Budget limits) const {
+        limits.tokens = std::min(limits.tokens, max_rows);
+        limits.slack = std::min(limits.slack, max_rows);
         if (limits.bytes == 0) return limits;
         constexpr std::string_view where = "Budget";
         std::size_t windows = 0;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -113,5 +114,8 @@ class Plan {
     std::vector<index_t> keep_;
     std::vector<Move> moves_;
 };
+
+/// Whether a plan can be carried out: throws if not.
+using PlanCheck = std::function<void(const Plan& plan)>;
 
 }  // namespace kvcull::inline KVCULL_ABI
