@@ -48,27 +48,26 @@ std::vector<TextSegment> read_segments(const Object& object, std::size_t tokens)
         object.wrong("embeddings", "one for each of " + std::to_string(segments.size()) + " segments");
     for (std::size_t i = 0; i < segments.size(); ++i)
         segments[i].embedding = read_embedding(embeddings[i], object, "embeddings");
+    const std::size_t size = segments.empty() ? 0 : segments.front().embedding.size();
+    for (const TextSegment& one : segments)
+        if (one.embedding.size() != size)
+            object.wrong("embeddings", "one number of channels, as the first has: " + std::to_string(size));
     return segments;
 }
 
-/// Segments and questions meet in one space, or none of them has an embedding.
-void check_embeddings(const Object& object, const Case& example) {
-    if (example.segments.empty()) return;
-    const std::size_t size = example.segments.front().embedding.size();
-    for (const TextSegment& one : example.segments)
-        if (one.embedding.size() != size)
-            object.wrong("embeddings", "one number of channels, as the first has: " + std::to_string(size));
-    object.each("questions", [&, q = std::size_t{0}](const Object& question) mutable {
-        const std::size_t own = example.questions[q++].embedding.size();
-        if (own > 0 && own != size)
-            question.wrong("embedding", std::to_string(size) + " numbers, as many as segments have");
-        if (own == 0 && size > 0) (void)question.at("embedding");  // is missing
-    });
+/// A question meets segments with embeddings of `size` numbers; 0: they have none.
+void check_embedding(const Object& object, const Question& question, std::size_t size) {
+    const std::size_t own = question.embedding.size();
+    if (own > 0 && own != size)
+        object.wrong("embedding", std::to_string(size) + " numbers, as many as segments have");
+    if (own == 0 && size > 0) (void)object.at("embedding");  // is missing
 }
 
 Case read_case(const Object& object, std::size_t vocabulary) {
     Case example{.prompt = read_tokens(object, "prompt", vocabulary)};
     if (object.has("stream")) example.stream = read_tokens(object, "stream", vocabulary);
+    if (example.prompt.empty()) object.wrong("prompt", "at least one token");
+    if (object.has("segments")) example.segments = read_segments(object, example.size());
     object.each("questions", [&](const Object& question) {
         example.questions.push_back({.ask = read_tokens(question, "ask", vocabulary),
                                      .answer = read_tokens(question, "answer", vocabulary)});
@@ -81,12 +80,11 @@ Case read_case(const Object& object, std::size_t vocabulary) {
         if (question.has("embedding"))
             example.questions.back().embedding =
                 read_embedding(question.list("embedding"), question, "embedding");
+        if (!example.segments.empty())
+            check_embedding(question, example.questions.back(), example.segments.front().embedding.size());
         if (example.questions.back().ask.empty()) question.wrong("ask", "at least one token");
         if (example.questions.back().answer.empty()) question.wrong("answer", "at least one token");
     });
-    if (example.prompt.empty()) object.wrong("prompt", "at least one token");
-    if (object.has("segments")) example.segments = read_segments(object, example.size());
-    check_embeddings(object, example);
     return example;
 }
 

@@ -69,7 +69,7 @@ struct Hooked {
         CHECK(step.added == 1);
         return reads;
     }
-    /// The newest key, which every head of the queries might be: its products are known.
+    /// The newest key as a query.
     [[nodiscard]] std::span<const float> key_query(State& /*state*/, const HeadStep& step) const {
         CHECK(step.added == 1);
         log->query.resize(step.cached.k.dim());

@@ -109,7 +109,7 @@ std::vector<float> errors_of(const simd::Kernels& kernels, const Case& one, cons
         std::vector<float> value(dim);
         for (std::size_t j = 0; j < n; ++j) {
             rows.widen(j, value);
-            norms[j] = detail::square_of(kernels, value);
+            norms[j] = squared_norm(kernels, value);
         }
         centre.norms = norms;
     }

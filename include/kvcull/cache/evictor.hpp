@@ -104,7 +104,7 @@ class Evictor {
         require_idle("Evictor::hold");
         live_.hold = on;
     }
-    Live<P> restore(Live<P> live) noexcept {
+    Live<P> restore(Live<P> live) noexcept {        // @returns what it takes the place of
         if (live_.held.empty()) live.held.clear();  // the views are trusted
         return std::exchange(live_, std::move(live));
     }

@@ -238,7 +238,7 @@ class KVCache {
     void rollback(Mark mark) {
         const Saved& saved = *find("KVCache::rollback", mark);
         Live<P> live(saved.live);
-        for (auto& state : live.states) reserve_state(state, reserved_rows_);
+        give_room(live);
         storage_.keep_freed(true);  // what was reserved stays here
         storage_.rewind(saved.storage);
         evictor_.restore(std::move(live));
@@ -301,7 +301,7 @@ class KVCache {
         undo_spares_on_error(storage_.spares(), [&] {
             storage_.reserve_spares(takes - std::min(takes, gives));
             storage_.reserve_rows(longest);
-            for (auto& state : live.states) reserve_state(state, reserved_rows_);
+            give_room(live);
             note_peak();
         });
         marks_.clear();
@@ -443,6 +443,10 @@ class KVCache {
         storage_.keep_freed(false);
         storage_.release_spares(reserved_ - std::min(reserved_, table_blocks()));
     }
+    /// The room that is reserved, for a copy of what is remembered.
+    void give_room(Live<P>& live) const {
+        for (auto& state : live.states) reserve_state(state, reserved_rows_);
+    }
     /// Runs `call`; if it throws, only `spares` spare blocks stay.
     template <class Call>
     decltype(auto) undo_spares_on_error(std::size_t spares, Call&& call) {
@@ -464,7 +468,7 @@ class KVCache {
     template <class Call>
     const Plan& copying(Call&& call) {
         Live<P> own(evictor_.live());
-        for (auto& state : own.states) reserve_state(state, reserved_rows_);
+        give_room(own);
         Live<P> before = evictor_.restore(std::move(own));
         try {
             return undo_spares_on_error(storage_.spares(), [&]() -> const Plan& {

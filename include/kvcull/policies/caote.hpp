@@ -243,7 +243,7 @@ struct Caote {
         if (anew) state.squares.set_planes(1, step.n());
         for_each_row(step.cached.v, anew ? 0 : step.n() - step.added, *step.workspace,
                      [&](std::size_t j, std::span<const float> value) {
-                         state.squares[0][j] = detail::square_of(*step.kernels, value);
+                         state.squares[0][j] = squared_norm(*step.kernels, value);
                      });
     }
     /// The call's values join the sum, if it is true for the rows before them.

@@ -139,7 +139,7 @@ struct OBCache {
         float* const memory = step.workspace->get(rows + scratch(group, step.cached.v.dim()));
         const std::span<float> squares(memory, rows);
         for (std::size_t r = 0; r < rows; ++r)
-            squares[r] = reads_outputs() ? detail::square_of(*step.kernels, step.output[r]) : 0.0F;
+            squares[r] = reads_outputs() ? squared_norm(*step.kernels, step.output[r]) : 0.0F;
         for (std::size_t begin = 0; begin < n; begin += stretch)
             for (std::size_t first = 0; first < rows; first += group) {
                 const std::size_t end = std::min(n, begin + stretch);
@@ -212,7 +212,7 @@ struct OBCache {
             state.norm.set_planes(1, step.n());
         for_each_row(step.cached.v, step.n() - step.added, *step.workspace,
                      [&](std::size_t j, std::span<const float> value) {
-                         const float square = detail::square_of(*step.kernels, value);
+                         const float square = squared_norm(*step.kernels, value);
                          if (!is_finite(square)) state.sum[j] = quiet_nan();
                          if (state.norm.planes() > 0)
                              state.norm[0][j] = kind == Score::value_l1 ? l1_norm(value) : square;
@@ -294,7 +294,7 @@ struct OBCache {
             const std::span<const float> logits = logits_of(step, g, 1, 0, step.n(), late)[0];
             if (logits.data() != late) std::copy(logits.begin(), logits.end(), late);
             std::copy(step.output[g].begin(), step.output[g].end(), &state.output[g * dim]);
-            state.squares[g] = detail::square_of(*step.kernels, step.output[g]);
+            state.squares[g] = squared_norm(*step.kernels, step.output[g]);
         }
         state.waits = true;
         state.added = 0;

@@ -15,6 +15,7 @@
 #include "../attention/row_kernels.hpp"
 #include "../base/error.hpp"
 #include "../views.hpp"
+#include "similarity.hpp"
 #include "squared_distances.hpp"
 
 namespace kvcull::inline KVCULL_ABI {
@@ -195,7 +196,7 @@ inline void removal_errors(const simd::Kernels& kernels, std::string_view where,
         const std::size_t points = centre.points.rows;
         float* const squares = scratch;  // of the points; the mean of a heavy row's others is gone by now
         float* const distances = scratch + points;
-        for (std::size_t g = 0; g < points; ++g) squares[g] = detail::square_of(kernels, centre.points[g]);
+        for (std::size_t g = 0; g < points; ++g) squares[g] = squared_norm(kernels, centre.points[g]);
         for (std::size_t first = 0; first < n; first += detail::distance_rows) {
             const std::size_t end = std::min(n, first + detail::distance_rows);
             detail::squared_distances(kernels, {centre.points, squares}, v, first, end,

@@ -12,10 +12,16 @@
 
 namespace kvcull::inline KVCULL_ABI {
 
-/// Euclidean norm of a row in float. Squares that leave float's range are added up in double instead.
-[[nodiscard]] inline float euclidean_norm(const simd::Kernels& kernels, std::span<const float> row) noexcept {
+/// |row|^2 in float: not finite if the row is not, or is so large that distances from it would not be.
+[[nodiscard]] inline float squared_norm(const simd::Kernels& kernels, std::span<const float> row) noexcept {
     float square = 0.0F;
     kernels.dots_f32(row.data(), row.size(), 1, row.data(), row.size(), 1, row.size(), 1.0F, &square, 1);
+    return square;
+}
+
+/// Euclidean norm of a row in float. Squares that leave float's range are added up in double instead.
+[[nodiscard]] inline float euclidean_norm(const simd::Kernels& kernels, std::span<const float> row) noexcept {
+    const float square = squared_norm(kernels, row);
     if (is_finite(square) && square > 1e-30F) return std::sqrt(square);
     double sum = 0.0;
     for (const float x : row) sum += static_cast<double>(x) * static_cast<double>(x);

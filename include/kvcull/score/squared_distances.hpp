@@ -3,7 +3,6 @@
 /// an output spend their time on.
 
 #include <cstddef>
-#include <span>
 
 #include "../attention/row_kernels.hpp"
 #include "../views.hpp"
@@ -13,13 +12,6 @@ namespace kvcull::inline KVCULL_ABI::detail {
 /// Rows whose distances are taken before anybody looks at them: enough to pay for the calls, few enough for
 /// the rows to stay in second-level cache while more query rows go over them.
 inline constexpr std::size_t distance_rows = 256;
-
-/// |row|^2.
-[[nodiscard]] inline float square_of(const simd::Kernels& kernels, std::span<const float> row) noexcept {
-    float square = 0.0F;
-    kernels.dots_f32(row.data(), row.size(), 1, row.data(), row.size(), 1, row.size(), 1.0F, &square, 1);
-    return square;
-}
 
 /// Outputs of a group, and what their products with rows become distances by.
 struct Outputs {

@@ -168,7 +168,7 @@ inline bool expand_squares(float* x, const float* norm, const float* z, float ow
         const auto at = [&](const float* row) {
             return part == 8 ? load(row + j) : load_part(row + j, part);
         };
-        const __m256 of_output = z == nullptr ? one : at(z), of_value = z == nullptr ? one : one + at(z);
+        const __m256 of_output = z == nullptr ? one : at(z), of_value = z == nullptr ? one : one + of_output;
         const __m256 terms = fma(of_value * of_value, at(norm), of_output * of_output * _mm256_set1_ps(own));
         const __m256 square = fma(_mm256_set1_ps(-2.0F) * of_value * of_output, at(x), terms);
         const __m256 enough = _mm256_cmp_ps(square * _mm256_set1_ps(32.0F), terms, _CMP_GE_OQ);
